@@ -1,0 +1,1 @@
+"""Replays traces on a virtual clock under other policies, and picks one."""

@@ -1,0 +1,1 @@
+"""Records real runs of mixture-of-experts models, and owns the vocabulary the rest shares."""
