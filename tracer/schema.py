@@ -5,7 +5,7 @@ This is the only place that knows column names and types. `docs/trace-format.md`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -119,6 +119,20 @@ SEQUENCES = pa.schema(
         ),
     ]
 )
+
+
+def table_schemas(shape: ModelShape, recorded: Sequence[str]) -> dict[str, pa.Schema]:
+    """Return the schema of every table of one trace, by table name."""
+    return {
+        "routing": routing_schema(
+            shape.top_k,
+            weights="weights" in recorded,
+            lookahead=sum(name.startswith("lookahead_") for name in recorded),
+        ),
+        "steps": STEPS,
+        "transfers": TRANSFERS,
+        "sequences": SEQUENCES,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""How slots are divided over layers: one file per allocation, named for it."""

@@ -1,0 +1,158 @@
+"""What a policy is made of: four families of small objects, and the words they exchange.
+
+Members order things; they never move bytes, read a clock or draw random numbers. `Residency` owns
+slots and pins and asks them. A member's `needs` names what must be there before it can run:
+`lookahead` (gates applied early), `popularity` (counts from a trace), `future` (the events to come;
+such a member is a bound, refused by the runtime).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from ...tracer.types import ExpertKey, Why
+
+NEEDS = ("lookahead", "popularity", "future")
+
+
+class Cache(Protocol):
+    """Orders the experts resident in one pool of slots. O(log n) per call.
+
+    A cache sees `admit` when an expert becomes resident, `touch` when a resident one is demanded,
+    `remove` when one is evicted, and says who should go. `needs` as in the module docstring.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    is_lossless: ClassVar[bool]
+
+    def admit(self, key: ExpertKey) -> None: ...
+
+    def touch(self, key: ExpertKey) -> None: ...
+
+    def remove(self, key: ExpertKey) -> None: ...
+
+    def victim(self, protected: Container[ExpertKey]) -> ExpertKey | None:
+        """The resident expert to evict first, outside `protected`; None if there is none."""
+        ...
+
+    def released(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
+        """Experts to drop now that the event that used `keys` is over."""
+        ...
+
+    def warm(self, keys: Iterable[ExpertKey], slots: int) -> Sequence[ExpertKey]:
+        """Experts to load before the first step, best first; empty for caches that learn."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What is known at one layer besides its own routing.
+
+    `lookahead[d]` holds the experts that the gate of layer + d picked from this layer's hidden state,
+    one group of top-k per token.
+    """
+
+    lookahead: Mapping[int, Sequence[Sequence[int]]]
+
+
+NO_SIGNALS = Signals({})
+
+
+class Predictor(Protocol):
+    """Says which experts will be demanded soon, likeliest and soonest first."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    is_lossless: ClassVar[bool]
+
+    def predict(self, layer: int, signals: Signals) -> Sequence[ExpertKey]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A sequence that has not started."""
+
+    sequence: int
+    prompt_tokens: int
+
+
+class Scheduler(Protocol):
+    """Picks which waiting sequences run together."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    is_lossless: ClassVar[bool]
+
+    def pick(self, waiting: Sequence[Waiting], limit: int) -> Sequence[int]:
+        """Positions in `waiting` of the next batch, at most `limit`, at least one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A pool to be: the layers that use it and its number of slots."""
+
+    layers: tuple[int, ...]
+    slots: int
+
+
+class Allocation(Protocol):
+    """Divides slots over layers. The shares cover every layer once and never exceed `slots`."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    is_lossless: ClassVar[bool]
+
+    def divide(self, num_layers: int, num_experts: int, slots: int) -> list[Share]: ...
+
+
+class FutureView(Protocol):
+    """The events to come, for members that are bounds."""
+
+    def next_use(self, key: ExpertKey) -> int:
+        """Number of the next event after the current one that demands `key`; large if none."""
+        ...
+
+    def upcoming(self, count: int) -> Sequence[Sequence[ExpertKey]]:
+        """The next `count` events after the current one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Bring `key` into `slot`, in place of `evicts` if the slot was taken."""
+
+    key: ExpertKey
+    slot: int
+    evicts: ExpertKey | None
+    why: Why
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """Experts of one event that run together, and what must have arrived before they do.
+
+    `slots` are aligned with `experts`. `late` are prefetches of these experts still on their way.
+    """
+
+    experts: tuple[int, ...]
+    slots: tuple[int, ...]
+    loads: tuple[Load, ...]
+    late: tuple[ExpertKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """The answer to one event: cancels first, then waves in order.
+
+    Rates of an event are counted over its distinct experts: hits + lates + misses.
+    """
+
+    waves: tuple[Wave, ...]
+    cancels: tuple[ExpertKey, ...]
+    hits: int
+    lates: int
+    misses: int

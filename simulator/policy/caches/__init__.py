@@ -1,0 +1,1 @@
+"""Who is evicted: one file per cache, named for it."""

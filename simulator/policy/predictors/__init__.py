@@ -1,0 +1,1 @@
+"""Who is prefetched: one file per predictor, named for it."""

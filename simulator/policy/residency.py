@@ -1,0 +1,226 @@
+"""Who lives where: the decision core that simulator and runtime both drive.
+
+Residency receives events (experts demanded, predictions made, load finished, experts released) and
+answers with commands (load this expert into that slot, evicting that one; cancel). It never moves a byte
+and never reads a clock. One event is all the distinct experts a layer needs in one step: they are
+demanded together, and none may evict another. An event larger than its pool runs in waves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ...tracer.types import ExpertKey
+from .base import NO_SIGNALS, Cache, Demand, Load, Predictor, Signals, Wave
+from .future import Future
+from .log import Entry
+
+
+@dataclass(slots=True)
+class Pool:
+    """A set of slots shared by some layers, and the cache that orders their residents."""
+
+    layers: tuple[int, ...]
+    slots: range
+    cache: Cache
+    free: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.free = list(reversed(self.slots))
+
+
+class Residency:
+    """The decision core. `pools` must cover every layer once.
+
+    Driving it: `warm` once; then per event deliver finished prefetches (`loaded`), call `demand`, carry
+    out its cancels and waves in order, call `predict` once the last wave's loads are asked for, and
+    `release` when the event has been computed.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        predictor: Predictor,
+        *,
+        num_experts: int,
+        future: Future | None = None,
+        log: list[Entry] | None = None,
+    ) -> None:
+        self.pools = pools
+        self.log = log
+        self._predictor = predictor
+        self._num_experts = num_experts
+        self._future = future
+        self._pool_of = {layer: pool for pool in pools for layer in pool.layers}
+        self._resident: dict[ExpertKey, int] = {}
+        self._loading: dict[ExpertKey, int] = {}
+        self._pinned: frozenset[ExpertKey] = frozenset()
+        self._event: tuple[ExpertKey, ...] = ()
+
+    @property
+    def num_slots(self) -> int:
+        """Slots over all pools."""
+        return sum(len(pool.slots) for pool in self.pools)
+
+    def slot_of(self, key: ExpertKey) -> int | None:
+        """The slot of a resident expert."""
+        return self._resident.get(key)
+
+    def is_loading(self, key: ExpertKey) -> bool:
+        """Whether a prefetch of this expert is on its way."""
+        return key in self._loading
+
+    def warm(self) -> list[Load]:
+        """Loads to carry out before the first step."""
+        loads: list[Load] = []
+        for pool in self.pools:
+            keys = [ExpertKey(la, e) for la in pool.layers for e in range(self._num_experts)]
+            for key in pool.cache.warm(keys, len(pool.slots)):
+                load = Load(key, pool.free.pop(), None, "warm")
+                self._settle(pool, key, load.slot)
+                loads.append(load)
+                self._log_load(-1, load)
+        return loads
+
+    def demand(self, step: int, layer: int, experts: Sequence[int]) -> Demand:
+        """Answer one event: `experts` are the distinct ids the layer needs, in ascending order."""
+        if self._future is not None:
+            self._future.advance()
+        pool = self._pool_of[layer]
+        keys = tuple(ExpertKey(layer, expert) for expert in experts)
+        self._event, self._pinned = keys, frozenset(keys)
+        hits = [key for key in keys if key in self._resident]
+        late = [key for key in keys if key in self._loading]
+        misses = [key for key in keys if key not in self._resident and key not in self._loading]
+        for key in hits:
+            pool.cache.touch(key)
+        for key in late:
+            self._settle(pool, key, self._loading.pop(key))
+        waves, cancels = self._waves(step, pool, hits, late, misses)
+        return Demand(tuple(waves), tuple(cancels), len(hits), len(late), len(misses))
+
+    def predict(self, step: int, layer: int, signals: Signals = NO_SIGNALS) -> list[Load]:
+        """Ask the predictor what comes next; answer with the prefetches worth asking for."""
+        return self.prefetch(step, self._predictor.predict(layer, signals))
+
+    def prefetch(self, step: int, keys: Sequence[ExpertKey]) -> list[Load]:
+        """Load predicted experts where slots can be had without hurting this event or each other."""
+        wanted = [key for key in keys if key.layer in self._pool_of]
+        if self.log is not None:
+            self.log.extend(Entry("predict", step, *key) for key in wanted)
+        protected = self._pinned.union(wanted)
+        loads: list[Load] = []
+        for key in wanted:
+            if key in self._resident or key in self._loading:
+                continue
+            pool = self._pool_of[key.layer]
+            evicts = None if pool.free else pool.cache.victim(protected)
+            if not pool.free and evicts is None:
+                continue
+            slot = pool.free.pop() if evicts is None else self._evict(pool, evicts)
+            self._loading[key] = slot
+            load = Load(key, slot, evicts, "prefetch")
+            loads.append(load)
+            self._log_load(step, load)
+        return loads
+
+    def loaded(self, step: int, key: ExpertKey) -> None:
+        """A prefetch has ended. Ignored if it was cancelled or demanded meanwhile."""
+        slot = self._loading.pop(key, None)
+        if slot is None:
+            return
+        self._settle(self._pool_of[key.layer], key, slot)
+        if self.log is not None:
+            self.log.append(Entry("loaded", step, *key))
+
+    def release(self, step: int, layer: int) -> None:
+        """The event has been computed; its experts may be evicted."""
+        pool = self._pool_of[layer]
+        if self.log is not None:
+            self.log.append(Entry("release", step, layer, -1))
+        for key in pool.cache.released(self._event):
+            if key in self._resident:
+                pool.free.append(self._evict(pool, key))
+        self._pinned, self._event = frozenset(), ()
+
+    def _waves(
+        self,
+        step: int,
+        pool: Pool,
+        hits: list[ExpertKey],
+        late: list[ExpertKey],
+        misses: list[ExpertKey],
+    ) -> tuple[list[Wave], list[ExpertKey]]:
+        capacity = len(pool.slots)
+        cancels: list[ExpertKey] = []
+        waves: list[Wave] = []
+        present = [*hits, *late]
+        todo = misses
+        while present or todo:
+            room = capacity - len(present)
+            fetched, todo = todo[:room], todo[room:]
+            members = sorted([*present, *fetched])
+            protected = frozenset(members)
+            loads = [self._load(step, pool, key, protected, cancels) for key in fetched]
+            slots = tuple(self._resident[key] for key in members)
+            waves.append(Wave(tuple(k.expert for k in members), slots, tuple(loads), tuple(late)))
+            self._log_wave(step, len(waves) - 1, members, slots, hits, late)
+            for load in loads:
+                self._log_load(step, load)
+            present, late = [], []
+        return waves, cancels
+
+    def _load(
+        self,
+        step: int,
+        pool: Pool,
+        key: ExpertKey,
+        protected: frozenset[ExpertKey],
+        cancels: list[ExpertKey],
+    ) -> Load:
+        evicts: ExpertKey | None = None
+        if pool.free:
+            slot = pool.free.pop()
+        else:
+            evicts = pool.cache.victim(protected)
+            slot = self._cancel(step, pool, cancels) if evicts is None else self._evict(pool, evicts)
+        self._settle(pool, key, slot)
+        return Load(key, slot, evicts, "demand")
+
+    def _cancel(self, step: int, pool: Pool, cancels: list[ExpertKey]) -> int:
+        # Every slot outside the event is being filled by a prefetch: give up the last one asked for.
+        key = next(k for k in reversed(self._loading) if self._pool_of[k.layer] is pool)
+        cancels.append(key)
+        if self.log is not None:
+            self.log.append(Entry("cancel", step, *key))
+        return self._loading.pop(key)
+
+    def _settle(self, pool: Pool, key: ExpertKey, slot: int) -> None:
+        self._resident[key] = slot
+        pool.cache.admit(key)
+
+    def _evict(self, pool: Pool, key: ExpertKey) -> int:
+        pool.cache.remove(key)
+        return self._resident.pop(key)
+
+    def _log_load(self, step: int, load: Load) -> None:
+        if self.log is None:
+            return
+        gone = load.evicts or (-1, -1)
+        self.log.append(Entry("load", step, *load.key, load.slot, *gone, detail=load.why))
+
+    def _log_wave(
+        self,
+        step: int,
+        wave: int,
+        members: Iterable[ExpertKey],
+        slots: Iterable[int],
+        hits: list[ExpertKey],
+        late: list[ExpertKey],
+    ) -> None:
+        if self.log is None:
+            return
+        for key, slot in zip(members, slots, strict=True):
+            outcome = "hit" if key in hits else "late" if key in late else "miss"
+            self.log.append(Entry("event", step, *key, slot, wave=wave, detail=outcome))

@@ -1,0 +1,1 @@
+"""Which sequences run together: one file per scheduler, named for it."""

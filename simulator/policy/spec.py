@@ -1,0 +1,211 @@
+"""A policy as data: what `tune` writes, `simulate` replays and the runtime runs.
+
+A spec names its members and their parameters and says for which model shape it was made. `behaviour_hash`
+covers everything that changes a decision, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ...tracer.errors import PolicyError, UsageError
+from ...tracer.records import from_json, read_json, to_json, write_json
+from ...tracer.types import ModelShape
+from .base import Scheduler
+from .future import Future
+from .log import Entry
+from .registry import FAMILIES, allocations, caches, predictors, schedulers
+from .residency import Pool, Residency
+
+POLICY_FORMAT = "expertflow.policy/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A member of a family by name, with the parameters that differ from its defaults."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        shown = {k: v for k, v in self.params.items() if isinstance(v, (int, float, str))}
+        inside = ", ".join(f"{key}={value}" for key, value in shown.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySpec:
+    """See the module docstring. `slots` is the number of experts that fit on the device."""
+
+    cache: Member
+    predictor: Member
+    allocation: Member
+    scheduler: Member
+    slots: int
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """Members by family, in the order people read them."""
+        return {
+            "cache": self.cache,
+            "allocation": self.allocation,
+            "predictor": self.predictor,
+            "scheduler": self.scheduler,
+        }
+
+    def needs(self) -> frozenset[str]:
+        """What must be there before this policy can run."""
+        found: set[str] = set()
+        for family in FAMILIES:
+            found |= family.get(self.members[family.kind].name).needs
+        return frozenset(found)
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the text is guaranteed to stay the same."""
+        return all(
+            family.get(self.members[family.kind].name).is_lossless for family in FAMILIES
+        )
+
+    def describe(self) -> dict[str, str]:
+        """The policy in words, for results."""
+        return {
+            **{family: str(member) for family, member in self.members.items()},
+            "slots": str(self.slots),
+        }
+
+    @property
+    def label(self) -> str:
+        """A short name: cache, allocation unless equal, predictor unless none, slots."""
+        parts = [str(self.cache)]
+        if self.allocation.name != "equal":
+            parts.append(str(self.allocation))
+        if self.predictor.name != "none":
+            parts.append(str(self.predictor))
+        return " + ".join(parts) + f" @ {self.slots} slots"
+
+    def behaviour_hash(self) -> str:
+        """Sixteen hex digits over everything that changes a decision."""
+        text = json.dumps(to_json(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def with_slots(self, slots: int) -> PolicySpec:
+        """The same policy at another size."""
+        return replace(self, slots=slots)
+
+    def build(
+        self,
+        shape: ModelShape,
+        *,
+        future: Future | None = None,
+        log: list[Entry] | None = None,
+    ) -> Residency:
+        """Make the live decision core.
+
+        Raises UsageError if a member needs the future and none is given, or if there is no slot.
+        """
+        if self.slots < 1:
+            raise UsageError(f"A policy needs at least 1 slot, got {self.slots}.")
+        shares = allocations.build(self.allocation.name, dict(self.allocation.params)).divide(
+            shape.num_moe_layers, shape.num_experts, self.slots
+        )
+        pools: list[Pool] = []
+        first = 0
+        for share in shares:
+            cache = caches.build(self.cache.name, self._params("cache", future))
+            pools.append(Pool(share.layers, range(first, first + share.slots), cache))
+            first += share.slots
+        predictor = predictors.build(self.predictor.name, self._params("predictor", future))
+        return Residency(
+            pools, predictor, num_experts=shape.num_experts, future=future, log=log
+        )
+
+    def build_scheduler(self) -> Scheduler:
+        """Make the live scheduler."""
+        return schedulers.build(self.scheduler.name, dict(self.scheduler.params))
+
+    def _params(self, family: str, future: Future | None) -> dict[str, Any]:
+        member = self.members[family]
+        params = dict(member.params)
+        registry = next(f for f in FAMILIES if f.kind == family)
+        if "future" in registry.get(member.name).needs:
+            if future is None:
+                raise UsageError(
+                    f"{family} {member.name!r} needs to know the future: it is a bound for the "
+                    "simulator and cannot be deployed. Choose another with `expertflow-trace list`."
+                )
+            params["future"] = future
+        return params
+
+
+def make_spec(
+    *,
+    slots: int,
+    cache: str = "lru",
+    predictor: str = "none",
+    allocation: str = "equal",
+    scheduler: str = "fcfs",
+    popularity: Sequence[Sequence[int]] | None = None,
+    predictor_params: Mapping[str, Any] | None = None,
+) -> PolicySpec:
+    """Build a spec from names, checking each. `popularity` is given to members that need it."""
+    params: dict[str, Any] = {}
+    if "popularity" in caches.get(cache).needs:
+        if popularity is None:
+            raise UsageError(f"cache {cache!r} needs popularity counts; none were given.")
+        params["popularity"] = [list(row) for row in popularity]
+    for registry, name in ((predictors, predictor), (allocations, allocation), (schedulers, scheduler)):
+        registry.get(name)
+    return PolicySpec(
+        cache=Member(name=cache, params=params),
+        predictor=Member(name=predictor, params=dict(predictor_params or {})),
+        allocation=Member(name=allocation),
+        scheduler=Member(name=scheduler),
+        slots=slots,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyFile:
+    """`policy.json`: the spec, the shape it fits, and the evidence it was chosen on."""
+
+    behaviour: PolicySpec
+    behaviour_hash: str
+    shape: ModelShape
+    budget: str
+    trace: str
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    format: str = POLICY_FORMAT
+
+
+def write_policy(path: Path, policy: PolicyFile) -> None:
+    """Write `policy.json` atomically."""
+    write_json(path, policy)
+
+
+def read_policy(path: Path) -> PolicyFile:
+    """Read and check `policy.json`. Raises PolicyError."""
+    document = read_json(path, PolicyError)
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != POLICY_FORMAT:
+        raise PolicyError(
+            f"{path} is not a policy file: format is {found!r}, expected {POLICY_FORMAT!r}. "
+            "Make one with `expertflow-trace tune TRACE --budget 0.5 --out policy.json`."
+        )
+    try:
+        policy = from_json(PolicyFile, document, path.name)
+    except PolicyError:
+        raise
+    except Exception as cause:
+        raise PolicyError(f"{path} is damaged: {cause}") from None
+    if policy.behaviour.behaviour_hash() != policy.behaviour_hash:
+        raise PolicyError(
+            f"{path} was changed by hand: its behaviour hash does not match. Run `expertflow-trace tune` "
+            "again, or pass the members to `simulate`."
+        )
+    return policy

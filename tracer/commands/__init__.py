@@ -1,0 +1,1 @@
+"""The subcommands that need a trace or nothing at all."""

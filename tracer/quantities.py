@@ -1,0 +1,78 @@
+"""Quantities as people write them: `6GiB`, `8GB/s+10us`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import UsageError
+
+_BYTES = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
+_SIZE = re.compile(rf"^{_NUMBER}\s*({'|'.join(_BYTES)})$")
+_LINK = re.compile(
+    rf"^{_NUMBER}\s*({'|'.join(_BYTES)})/s(?:\+{_NUMBER}\s*({'|'.join(_SECONDS)}))?$"
+)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as `6GiB` or `512MB`. Raises UsageError."""
+    match = _SIZE.match(text.strip())
+    if not match:
+        raise UsageError(
+            f"Size {text!r} is not understood; write a number and one of {', '.join(_BYTES)}, "
+            "for example 6GiB."
+        )
+    return int(float(match[1]) * _BYTES[match[2]])
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpec:
+    """A link by bandwidth and per-copy latency, as in `8GB/s+10us`."""
+
+    text: str
+    bandwidth_Bps: float  # noqa: N815 - bytes per second, written as the field writes it
+    latency_s: float
+
+    @classmethod
+    def parse(cls, text: str) -> LinkSpec:
+        """Read a link. Raises UsageError."""
+        match = _LINK.match(text.strip())
+        if not match or float(match[1]) <= 0:
+            raise UsageError(
+                f"Link {text!r} is not understood; write BANDWIDTH/s, and after a + the latency of "
+                "one copy if there is any, for example 8GB/s+10us."
+            )
+        latency = float(match[3]) * _SECONDS[match[4]] if match[3] else 0.0
+        return cls(text.strip(), float(match[1]) * _BYTES[match[2]], latency)
+
+    def copy_s(self, num_bytes: float) -> float:
+        """Seconds of one copy."""
+        return self.latency_s + num_bytes / self.bandwidth_Bps
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A size for people, in decimal units."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if abs(num_bytes) >= _BYTES[unit]:
+            return f"{num_bytes / _BYTES[unit]:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if abs(seconds) >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
