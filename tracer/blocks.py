@@ -167,6 +167,10 @@ class SlotArena:
         """The bytes of one slot: uint8 [block_bytes]."""
         return self.buffer[index]
 
+    def part(self, slots: range) -> dict[str, torch.Tensor]:
+        """Some consecutive slots as stacked weights {name: [len(slots), *shape]}."""
+        return {name: weight[slots.start : slots.stop] for name, weight in self.weights.items()}
+
 
 class StandIn:
     """Looks like an experts module to the library's kernels, but its weights are the arena.
@@ -174,10 +178,10 @@ class StandIn:
     Everything that is not a weight (activation, gating, flags) comes from the real module.
     """
 
-    def __init__(self, module: nn.Module, arena: SlotArena) -> None:
+    def __init__(self, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         self._module = module
-        self.num_experts = arena.slots
-        for name, weight in arena.weights.items():
+        self.num_experts = next(iter(weights.values())).shape[0]
+        for name, weight in weights.items():
             setattr(self, name, weight)
 
     def __getattr__(self, name: str) -> Any:

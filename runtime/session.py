@@ -1,0 +1,138 @@
+"""A model under one policy: the runtime's driver of the decision core.
+
+It keeps the order of the simulator's driver (simulator/engine.py): finished prefetches are reported before
+an event is asked for, prefetches go out behind the event's last demand loads, and an event is released when
+it has been computed. There is no branch on the policy here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..simulator.account import CopyRow
+from ..simulator.policy.base import Demand, Load, Signals
+from ..simulator.policy.log import Entry
+from ..simulator.policy.residency import Pool
+from ..simulator.policy.spec import PolicySpec
+from ..tracer.blocks import HostBlocks
+from ..tracer.copies import Copy
+from ..tracer.errors import PolicyError, UsageError
+from ..tracer.generate import StepTokens
+from ..tracer.hooks import install
+from ..tracer.load import LoadedModel
+from ..tracer.quantities import LinkSpec
+from ..tracer.timing import StepInfo, StepTimer, step_timer
+from ..tracer.types import ExpertKey, ModelShape
+from .experts import OffloadedExperts
+from .store import ExpertStore
+
+
+class Session:
+    """Runs `loaded` under `spec` until closed. The blocks outlive it, so policies can be compared.
+
+    Implements tracer.generate.StepObserver. Raises PolicyError if the policy was made for another shape,
+    UsageError if it needs the future or gates the model does not have.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        blocks: HostBlocks,
+        spec: PolicySpec,
+        device: torch.device,
+        *,
+        link: LinkSpec | None = None,
+    ) -> None:
+        self.shape: ModelShape = loaded.shape
+        self.implementation = loaded.implementation
+        self.log: list[Entry] = []
+        self.timer: StepTimer = step_timer(device)
+        self._core = spec.build(loaded.shape, log=self.log)
+        self._gates = [layer.gate for layer in loaded.layers]
+        self.lookahead = self._lookahead_depth(spec)
+        self.store = ExpertStore(blocks, spec.slots, device, self.timer.now, link=link)
+        self._step = -1
+        self._restore: Callable[[], None] = install(
+            loaded.model, loaded.layers, lambda layer: OffloadedExperts(self, layer)
+        )
+        self.store.wait(self.store.submit(-1, self._core.warm()), ())
+
+    def pool(self, layer: int) -> Pool:
+        """The pool a layer's experts live in."""
+        return next(pool for pool in self._core.pools if layer in pool.layers)
+
+    def gate(self, layer: int) -> nn.Module | None:
+        """The router of a layer, None past the last."""
+        return self._gates[layer] if layer < len(self._gates) else None
+
+    def begin_step(self, info: StepInfo, tokens: StepTokens | None = None) -> None:
+        """A forward pass starts."""
+        self._step = info.step
+        self.timer.begin(info)
+
+    def end_step(self) -> float:
+        """A forward pass has ended; returns its seconds."""
+        return self.timer.end()
+
+    def demand(self, layer: int, experts: Sequence[int]) -> Demand:
+        """Report finished prefetches, ask the core, carry out its cancels."""
+        for key in self.store.arrived():
+            self._core.loaded(self._step, key)
+        answer = self._core.demand(self._step, layer, experts)
+        for key in answer.cancels:
+            self.store.cancel(key)
+        return answer
+
+    def submit(self, loads: Sequence[Load]) -> list[Copy]:
+        """Start an event's demand loads."""
+        return self.store.submit(self._step, loads)
+
+    def prefetch(self, layer: int, signals: Signals) -> None:
+        """Ask the predictor and start what it wants."""
+        self.store.submit(self._step, self._core.predict(self._step, layer, signals))
+
+    def release(self, layer: int) -> None:
+        """The event has been computed."""
+        self._core.release(self._step, layer)
+
+    def slot_of(self, key: ExpertKey) -> int | None:
+        """Where an expert lives now."""
+        return self._core.slot_of(key)
+
+    def copies(self) -> list[CopyRow]:
+        """Every copy so far, with its times."""
+        return self.store.rows()
+
+    def take_steps(self) -> dict[str, list[Any]]:
+        """Rows of the steps table so far; starts a new table."""
+        return self.timer.rows.take()
+
+    def close(self) -> None:
+        """Give the model its stock experts function back and stop copying."""
+        self._restore()
+        self.store.close()
+
+    def _lookahead_depth(self, spec: PolicySpec) -> int:
+        if "lookahead" not in spec.needs():
+            return 0
+        if any(gate is None for gate in self._gates):
+            raise UsageError(
+                f"predictor {spec.predictor.name!r} applies the gates of later layers early, but this "
+                "model's gates could not be found. Choose predictor none."
+            )
+        return int(spec.predictor.params.get("depth", 1))
+
+
+def check_shape(spec_shape: ModelShape, model_shape: ModelShape) -> None:
+    """Refuse a policy made for another model. Raises PolicyError naming what differs."""
+    for name in ("num_moe_layers", "num_experts", "top_k"):
+        wanted, found = getattr(spec_shape, name), getattr(model_shape, name)
+        if wanted != found:
+            raise PolicyError(
+                f"The policy was made for {spec_shape.model_id} ({name} {wanted}), but "
+                f"{model_shape.model_id} has {found}. Tune on a trace of this model."
+            )

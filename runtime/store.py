@@ -1,0 +1,112 @@
+"""Bytes and places: host blocks, the slot arena and the copies between them. No policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..simulator.account import CopyRow
+from ..simulator.policy.base import Load
+from ..simulator.policy.residency import Pool
+from ..tracer.blocks import HostBlocks, SlotArena, StandIn
+from ..tracer.copies import Copy, copy_engine
+from ..tracer.hooks import ExpertLayer
+from ..tracer.quantities import LinkSpec
+from ..tracer.types import ExpertKey
+
+
+class ExpertStore:
+    """Carries out the core's commands on real memory.
+
+    One arena serves all pools; each layer sees its own pool's slots as stacked weights, so that the
+    kernels never walk over slots the layer cannot use.
+    """
+
+    def __init__(
+        self,
+        blocks: HostBlocks,
+        slots: int,
+        device: torch.device,
+        now: Callable[[], float],
+        *,
+        link: LinkSpec | None = None,
+    ) -> None:
+        self.blocks = blocks
+        self.arena = SlotArena(blocks.layout, slots, device)
+        self._engine = copy_engine(device, now, pinned=blocks.pinned, link=link)
+        self._flying: dict[ExpertKey, Copy] = {}
+        self._rows: list[CopyRow] = []
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the host side is page-locked."""
+        return self._engine.pinned
+
+    def stand_in(self, layer: ExpertLayer, pool: Pool) -> StandIn:
+        """The module the kernels see for a layer: its weights are the pool's slots."""
+        return StandIn(layer.module, self.arena.part(pool.slots))
+
+    def submit(self, step: int, loads: Sequence[Load]) -> list[Copy]:
+        """Start loads; returns their copies, to wait for."""
+        copies = [
+            Copy(load.key, self.blocks.block(load.key), self.arena.slot(load.slot), load.why, step)
+            for load in loads
+        ]
+        for copy in copies:
+            if copy.why == "prefetch":
+                self._flying[copy.key] = copy
+        self._engine.submit(copies)
+        return copies
+
+    def wait(self, copies: Sequence[Copy], late: Sequence[ExpertKey]) -> bool:
+        """Make compute wait for demand copies and for prefetches that are late.
+
+        Returns whether there was anything to wait for.
+        """
+        flying = [self._flying.pop(key) for key in late]
+        for copy in flying:
+            self._engine.promote(copy)
+        needed = [*flying, *copies]
+        if needed:
+            self._engine.wait(needed)
+        return bool(needed)
+
+    def cancel(self, key: ExpertKey) -> None:
+        """Give up a prefetch."""
+        self._engine.cancel(self._flying.pop(key))
+
+    def arrived(self) -> list[ExpertKey]:
+        """Prefetches that ended since the last call, in order of their end."""
+        keys: list[ExpertKey] = []
+        for copy in self._engine.finished():
+            if self._flying.get(copy.key) is copy:
+                del self._flying[copy.key]
+                keys.append(copy.key)
+        return keys
+
+    def collect(self) -> None:
+        """Take over the times of copies that have ended (waits for the device on CUDA)."""
+        for copy in self._engine.take_records():
+            moved = copy.source.numel() if not copy.is_cancelled else copy.moved
+            self._rows.append(
+                CopyRow(
+                    copy.key,
+                    copy.why,
+                    copy.step,
+                    moved,
+                    copy.queued_s,
+                    copy.start_s,
+                    copy.end_s,
+                    copy.needed_s,
+                )
+            )
+
+    def rows(self) -> list[CopyRow]:
+        """All copies collected so far."""
+        self.collect()
+        return self._rows
+
+    def close(self) -> None:
+        """Stop copying and free the arena. The host blocks stay with their owner."""
+        self._engine.close()
