@@ -9,8 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from .copies import Copy, copy_engine
-from .errors import ResourceError
+from .copies import CHUNK_BYTES, Copy, CopyEngine, copy_engine
 from .quantities import LinkSpec
 from .types import ExpertKey, LinkCurve, LinkProfile, Origin
 
@@ -30,18 +29,20 @@ def measure_link(
     """
     sizes = sorted({max(4096, block_bytes // 4), block_bytes, 2 * block_bytes, 4 * block_bytes})
     curves: list[LinkCurve] = []
-    wakes: list[float] = []
+    waits: list[tuple[float, float]] = []
     for pinned in (True, False) if device.type == "cuda" else (False,):
         for busy in (False, True):
-            curve, wake = _curve(device, now, sizes, link, repeats, pinned=pinned, busy=busy)
+            curve, *wait = _curve(device, now, sizes, link, repeats, pinned=pinned, busy=busy)
             curves.append(curve)
-            wakes.append(wake)
+            waits.append((wait[0], wait[1]))
     origin: Origin = "emulated" if link else "measured"
     return LinkProfile(
         name=link.text if link else _link_name(device),
         origin=origin,
         curves=tuple(curves),
-        wake_s=wakes[0],
+        wake_s=waits[0][0],
+        submit_s=waits[0][1],
+        chunk_bytes=CHUNK_BYTES,
     )
 
 
@@ -54,52 +55,57 @@ def _curve(
     *,
     pinned: bool,
     busy: bool,
-) -> tuple[LinkCurve, float]:
+) -> tuple[LinkCurve, float, float]:
     points: list[tuple[int, float]] = []
     spreads: list[float] = []
     wakes: list[float] = []
+    submits: list[float] = []
     engine = copy_engine(device, now, pinned=pinned, link=link)
     try:
         with _load(device, busy):
             for size in sizes:
-                seconds, wake = _time_copies(engine, device, now, size, repeats, pinned=pinned)
+                seconds, wake, submit = _time_copies(
+                    engine, device, now, size, repeats, pinned=pinned
+                )
                 low, middle, high = np.quantile(seconds, [0.25, 0.5, 0.75])
                 points.append((size, float(middle)))
                 spreads.append(float((high - low) / middle))
                 wakes.append(wake)
+                submits.append(submit)
     finally:
         engine.close()
     spread = float(np.median(spreads))
-    return LinkCurve(pinned=pinned, busy=busy, points=tuple(points), spread=spread), float(
-        np.median(wakes)
-    )
+    curve = LinkCurve(pinned=pinned, busy=busy, points=tuple(points), spread=spread)
+    return curve, float(np.median(wakes)), float(np.median(submits))
 
 
 def _time_copies(
-    engine: object,
+    engine: CopyEngine,
     device: torch.device,
     now: Callable[[], float],
     size: int,
     repeats: int,
     *,
     pinned: bool,
-) -> tuple[list[float], float]:
+) -> tuple[list[float], float, float]:
     source = torch.ones(size, dtype=torch.uint8, pin_memory=pinned)
     target = torch.zeros(size, dtype=torch.uint8, device=device)
     seconds: list[float] = []
     wakes: list[float] = []
+    submits: list[float] = []
     for repeat in range(repeats + 2):
+        asked = now()
         copy = Copy(ExpertKey(0, 0), source, target, "demand", repeat)
-        engine.submit([copy])  # type: ignore[attr-defined]
-        engine.wait([copy])  # type: ignore[attr-defined]
+        engine.submit([copy])
+        submitted = now()
+        engine.wait([copy])
         back = now()
-        engine.take_records()  # type: ignore[attr-defined]
+        engine.take_records()
         if repeat >= 2:  # the first copies fault pages in
+            submits.append(submitted - asked)
             seconds.append(copy.end_s - copy.start_s)
-            wakes.append(max(0.0, back - copy.queued_s - seconds[-1]))
-    if not seconds:
-        raise ResourceError("The link could not be measured: no copy finished.")
-    return seconds, float(np.median(wakes))
+            wakes.append(max(0.0, back - submitted - seconds[-1]))
+    return seconds, float(np.median(wakes)), float(np.median(submits))
 
 
 @contextmanager

@@ -8,12 +8,18 @@ single operation is not seen there.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .generate import Prompt, StepObserver, StepTokens, greedy
+from .load import LoadedModel
+from .timing import StepInfo
+from .types import MemoryPoint, ModelShape
 
 
 class _CpuMeter(TorchDispatchMode):
@@ -69,6 +75,17 @@ class PeakMeter:
         self._before = 0
         self.peak_bytes = 0
 
+    def take_peak(self) -> int:
+        """The peak since the last call (or the start), inside the context."""
+        if self._cpu is not None:
+            peak, self._cpu.peak_bytes = self._cpu.peak_bytes, self._cpu.live_bytes
+        else:
+            torch.cuda.synchronize(self._device)
+            peak = torch.cuda.max_memory_allocated(self._device) - self._before
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self.peak_bytes = max(self.peak_bytes, peak)
+        return peak
+
     def __enter__(self) -> PeakMeter:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -85,9 +102,84 @@ class PeakMeter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.take_peak()
         if self._cpu is not None:
             self._cpu.__exit__(kind, error, traceback)
-            self.peak_bytes = self._cpu.peak_bytes
-            return
-        torch.cuda.synchronize(self._device)
-        self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+class SilentObserver:
+    """Watches nothing; for passes whose times do not count."""
+
+    def begin_step(self, info: StepInfo, tokens: StepTokens) -> None:
+        """See generate.StepObserver."""
+
+    def end_step(self) -> float:
+        """See generate.StepObserver."""
+        return 0.0
+
+
+class _PeakObserver:
+    """Takes the peak of every pass, and lets another observer see it too."""
+
+    def __init__(self, inner: StepObserver, meter: PeakMeter) -> None:
+        self._inner = inner
+        self._meter = meter
+        self._info: StepInfo | None = None
+        self.peaks: list[tuple[StepInfo, int]] = []
+
+    def begin_step(self, info: StepInfo, tokens: StepTokens) -> None:
+        self._info = info
+        self._inner.begin_step(info, tokens)
+
+    def end_step(self) -> float:
+        assert self._info is not None
+        self.peaks.append((self._info, self._meter.take_peak()))
+        return self._inner.end_step()
+
+
+def measure_memory(
+    loaded: LoadedModel,
+    batches: Sequence[Sequence[Prompt]],
+    device: torch.device,
+    *,
+    observer: StepObserver | None = None,
+    new_tokens: int = 3,
+) -> list[MemoryPoint]:
+    """Peak working tensors of the first passes of each batch, KV cache taken out.
+
+    These passes are apart from the timed ones. The model runs as it is installed now.
+    """
+    points: list[MemoryPoint] = []
+    for batch in batches:
+        with PeakMeter(device) as meter:
+            watch = _PeakObserver(observer or SilentObserver(), meter)
+            greedy(
+                loaded.model,
+                batch,
+                max_new_tokens=new_tokens,
+                eos_ids=frozenset(),
+                pad_id=loaded.pad_id,
+                first_step=0,
+                observer=watch,
+            )
+        points += [_point(loaded.shape, info, peak) for info, peak in watch.peaks]
+    return points
+
+
+def _point(shape: ModelShape, info: StepInfo, peak_bytes: int) -> MemoryPoint:
+    kv_bytes = shape.kv_bytes_per_token * info.batch * info.context
+    return MemoryPoint(
+        phase=info.phase,
+        batch=info.batch,
+        tokens=info.tokens,
+        context=info.context,
+        activation_bytes=max(0, peak_bytes - kv_bytes),
+    )
+
+
+def spread_by_size(batches: Sequence[Sequence[Prompt]], count: int) -> list[Sequence[Prompt]]:
+    """A few batches from the smallest to the largest by padded tokens, the largest always in."""
+    ordered = sorted(batches, key=lambda b: len(b) * max(len(p.token_ids) for p in b))
+    if len(ordered) <= count:
+        return ordered
+    return [ordered[round(place * (len(ordered) - 1) / (count - 1))] for place in range(count)]

@@ -1,4 +1,4 @@
-"""What this machine is and what runs on it. Looks, never changes; torch is imported only for CUDA."""
+"""What this machine is and what runs on it. Looks, never changes; imports torch only for CUDA."""
 
 from __future__ import annotations
 

@@ -11,11 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .check import check_trace
 from .errors import InputError, TraceError, UsageError
 from .records import from_json, read_json
 from .schema import TABLES, WHOLE_STEP, FileInfo, table_schemas
-from .store import read_part
+from .store import read_manifest, read_part, require_hash
 from .writer import HEADER, MANIFEST, PARTS, Header, TraceWriter, publish
 
 
@@ -40,17 +39,27 @@ def salvage(partial: Path, out: Path) -> list[str]:
         raise TraceError(f"{partial} is not a folder, so there is nothing to salvage.")
     if out.exists():
         raise UsageError(f"{out} exists. Choose another name for the salvaged trace.")
-    if (partial / MANIFEST).is_file():
-        return _finish_renaming(partial, out)
+    if _is_complete(partial):
+        publish(partial, out)
+        return []
     header = _read_header(partial)
     parts = _intact_parts(partial)
     return _rebuild(partial, out, header, parts)
 
 
-def _finish_renaming(partial: Path, out: Path) -> list[str]:
-    publish(partial, out)
-    check_trace(out)
-    return []
+def _is_complete(partial: Path) -> bool:
+    """Tell whether the run ended and only the renaming was cut off."""
+    if not (partial / MANIFEST).is_file():
+        return False
+    try:
+        for files in read_manifest(partial).tables.values():
+            for file in files:
+                require_hash(partial / file.path, file)
+    except TraceError:
+        if not (partial / HEADER).is_file():
+            raise
+        return False
+    return True
 
 
 def _read_header(partial: Path) -> Header:
@@ -117,13 +126,13 @@ def _rebuild(partial: Path, out: Path, header: Header, parts: _Parts) -> list[st
             "Record the trace again."
         )
     lost = [*parts.lost, *_dropped(routing, num_steps)]
-    kept = pc.less(pc.field("step"), num_steps)
+    kept = pc.field("step") < num_steps
     rebuilt = _missing_sequences(routing.filter(kept), tables, schemas["sequences"])
     if rebuilt.num_rows:
         ids = ", ".join(str(n) for n in rebuilt["sequence"].to_pylist()[:8])
         lost.append(
-            f"{rebuilt.num_rows} sequence(s) had not ended ({ids}): their rows were rebuilt from the "
-            "routing, without prompt id, domain, hash and output."
+            f"{rebuilt.num_rows} sequence(s) had not ended ({ids}): their rows were rebuilt from "
+            "the routing, without prompt id, domain, hash and output."
         )
     writer = TraceWriter(
         out,
@@ -133,6 +142,7 @@ def _rebuild(partial: Path, out: Path, header: Header, parts: _Parts) -> list[st
         provenance=header.provenance,
         recorded=header.recorded,
         partial=out.with_name(out.name + ".salvage.partial"),
+        overwrite=True,  # of a salvage that was itself killed; `out` does not exist
     )
     with writer:
         for table in ("steps", "transfers"):
@@ -188,7 +198,7 @@ def _missing_sequences(
 ) -> pa.Table:
     """Rows for sequences that were still running when the run was killed."""
     known = set(tables["sequences"]["sequence"].to_pylist())
-    first_layer = routing.filter(pc.equal(routing["layer"], 0))
+    first_layer = routing.filter(pc.field("layer") == 0)
     step, sequence = first_layer["step"].to_numpy(), first_layer["sequence"].to_numpy()
     is_token = first_layer["position"].to_numpy() >= 0
     batches = tables["sequences"]["batch"].to_pylist()
@@ -219,6 +229,6 @@ def _missing_sequences(
 
 
 def _whole_step_s(steps: pa.Table, step: int) -> float:
-    is_row = pc.and_(pc.equal(steps["step"], step), pc.equal(steps["layer"], WHOLE_STEP))
+    is_row = (pc.field("step") == step) & (pc.field("layer") == WHOLE_STEP)
     found = steps.filter(is_row)["total_s"].to_pylist()
     return float(found[0]) if found else 0.0

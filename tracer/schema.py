@@ -1,6 +1,7 @@
 """The trace format, version 1: Arrow schemas, column meanings and the manifest.
 
-This is the only place that knows column names and types. `docs/trace-format.md` is generated from it.
+This is the only place that knows column names and types. `docs/trace-format.md` is generated
+from it.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ def routing_schema(
         columns.append(
             _field("weights", pa.list_(pa.float16(), top_k), "gate weights of those experts")
         )
-    for depth in range(1, lookahead + 1):
-        columns.append(
-            _field(
-                f"lookahead_{depth}",
-                ids,
-                f"experts the gate of layer+{depth} picks from this layer's hidden state; "
-                "null past the last layer",
-                nullable=True,
-            )
+    columns.extend(
+        _field(
+            f"lookahead_{depth}",
+            ids,
+            f"experts the gate of layer+{depth} picks from this layer's hidden state; "
+            "null past the last layer",
+            nullable=True,
         )
+        for depth in range(1, lookahead + 1)
+    )
     return pa.schema(columns)
 
 

@@ -20,9 +20,9 @@ TIGHT_RATIO = 0.8
 class PhaseStats:
     """Prefill or decode alone.
 
-    `mean_distinct` counts experts per layer event, padding included, as the link sees it. `reuse` is
-    the share of a token's experts that the token before it in the same sequence had too, in the
-    same layer; None if no two such tokens were recorded.
+    `mean_distinct` counts experts per layer event, padding included, as the link sees it. `reuse`
+    is the share of a token's experts that the token before it in the same sequence had too, in
+    the same layer; None if no two such tokens were recorded.
     """
 
     phase: Phase
@@ -105,7 +105,7 @@ def describe_routing(
         reuse_chance=top_k / experts,
         prefill=prefill,
         decode=decode,
-        reuse_distance=_reuse_distance(events, routing.phase_is_decode.any(), layers),
+        reuse_distance=_reuse_distance(events, bool(routing.phase_is_decode.any()), layers),
         domains=distances,
         within_domain=within,
         ratios=tuple(_ratio(share, loads, experts) for share in SHARES),
@@ -148,7 +148,7 @@ def _entropy(popularity: np.ndarray) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Reuse:
-    """Pairs of consecutive tokens: their layer, the later one's phase, the share they have in common."""
+    """Pairs of consecutive tokens: layer, the later one's phase, the share they have in common."""
 
     layer: np.ndarray
     is_decode: np.ndarray

@@ -1,7 +1,7 @@
 """Reading a trace folder: the manifest, whole tables, and the routing as numpy arrays.
 
-Opening is cheap: it looks at the manifest and at the files' sizes. Pages are verified as they are
-read, so damage never passes as data; `check.py` verifies everything at once.
+Opening is cheap: it looks at the manifest and at the files' sizes. A file is verified against its
+hash when it is first read, so damage never passes as data; `check.py` verifies everything at once.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Trace:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self._verified: set[str] = set()
 
     @classmethod
     def open(cls, path: Path | str) -> Trace:
@@ -103,6 +104,10 @@ class Trace:
                 raise unknown_name(f"column of {name}", column, schema.names)
         kept = pa.schema([schema.field(column) for column in wanted])
         files = self.manifest.tables.get(name, ())
+        for file in files:
+            if file.path not in self._verified:
+                require_hash(self.path / file.path, file)
+                self._verified.add(file.path)
         pieces = [read_part(self.path / file.path, schema, wanted, filters) for file in files]
         return pa.concat_tables([kept.empty_table(), *pieces])
 
@@ -119,8 +124,8 @@ def read_manifest(folder: Path) -> Manifest:
         found = document.get("format") if isinstance(document, dict) else None
         if found != FORMAT:
             raise TraceError(
-                f"{path}: its format is {found!r}; this version of expertflow-trace reads {FORMAT!r}. "
-                "Upgrade expertflow-trace, or record the trace again."
+                f"{path}: its format is {found!r}; this version of expertflow-trace reads "
+                f"{FORMAT!r}. Upgrade expertflow-trace, or record the trace again."
             )
         manifest = from_json(Manifest, document, str(path))
     except RecursionError:
@@ -128,8 +133,17 @@ def read_manifest(folder: Path) -> Manifest:
     except TraceError:
         raise
     except InputError as error:
-        raise TraceError(f"{error} The manifest is damaged; restore it from a copy.") from None
+        raise TraceError(
+            f"{error} The manifest is damaged, or a newer expertflow-trace wrote it: "
+            "restore it from a copy, or upgrade."
+        ) from None
     _require_sound(path, manifest)
+    is_same = content_id(document["shape"], _files(manifest)) == manifest.trace_id
+    if not is_same or not _matches_sums(path):
+        raise TraceError(
+            f"{path} was changed after the trace was written: its hash does not fit. "
+            "Restore it from a copy, or record the trace again."
+        )
     return manifest
 
 
@@ -150,7 +164,7 @@ def read_part(
             path,
             columns=None if columns is None else list(columns),
             filters=filters,
-            partitioning=None,
+            partitioning=None,  # pyright: ignore[reportArgumentType]
             page_checksum_verification=True,
         )
     except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
@@ -158,6 +172,20 @@ def read_part(
             f"{path} cannot be read as Parquet ({_first_line(error)}). It is damaged: restore it "
             "from a copy, or record the trace again."
         ) from error
+
+
+def require_hash(path: Path, file: FileInfo) -> None:
+    """Raise TraceError naming `path` unless its bytes are those the manifest tells of."""
+    try:
+        with path.open("rb") as body:
+            digest = hashlib.file_digest(body, "sha256").hexdigest()
+    except OSError as error:
+        raise TraceError(f"{path} cannot be read: {error.strerror}.") from error
+    if digest != file.sha256:
+        raise TraceError(
+            f"{path} was changed after the trace was written: its sha256 is not the one in "
+            f"{MANIFEST}. Restore it from a copy, or record the trace again."
+        )
 
 
 def routing_arrays(rows: pa.Table) -> RoutingArrays:
@@ -242,11 +270,6 @@ def _require_sound(path: Path, manifest: Manifest) -> None:
     for table in manifest.tables:
         if table not in TABLES:
             raise TraceError(f"{path}: unknown table {table!r}; known: {', '.join(TABLES)}.")
-    if content_id(shape, _files(manifest)) != manifest.trace_id or not _matches_sums(path):
-        raise TraceError(
-            f"{path} was changed after the trace was written: its hash does not fit. "
-            "Restore it from a copy, or record the trace again."
-        )
 
 
 def _matches_sums(path: Path) -> bool:

@@ -87,13 +87,16 @@ class LinkProfile:
     """The way from host to device: what it is called, where its numbers come from, and the curves.
 
     `wake_s` is the time from asking for a copy to its start on an idle link, and from its end to
-    the moment the asker goes on: paid once per wait, not per copy.
+    the moment the asker goes on: paid once per wait, not per copy. `submit_s` is the asker's own time
+    per copy. A prefetch gives way to a demand copy every `chunk_bytes`.
     """
 
     name: str
     origin: Origin
     curves: tuple[LinkCurve, ...]
     wake_s: float = 0.0
+    submit_s: float = 0.0
+    chunk_bytes: int = 4 * 2**20
 
     def curve(self, *, pinned: bool, busy: bool) -> LinkCurve:
         """The measured curve nearest to the asked-for conditions (pinning counts before load)."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from .card import dataset_card
 from .errors import ResourceError, TraceError, UsageError, unknown_name
+from .parts import fit_rows, parquet_bytes
 from .records import to_json
 from .schema import FORMAT, TABLES, FileInfo, Manifest, table_schemas
 from .types import HardwareProfile, MemoryPoint, ModelShape, Provenance, RunSettings
@@ -32,9 +33,6 @@ PARTS = "parts.jsonl"
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
 CARD = "README.md"
-ROW_GROUP_ROWS = 65_536
-_DELTA_COLUMNS = ("step", "sequence", "position", "transfer")
-"""Integers that climb slowly: differences are far smaller than values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +52,13 @@ def partial_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def content_id(shape: ModelShape, files: Sequence[FileInfo]) -> str:
-    """Return the trace id: 16 hex digits over the shape and every table file's path and hash."""
-    digest = hashlib.sha256(json.dumps(to_json(shape), sort_keys=True).encode())
+def content_id(shape: Mapping[str, Any], files: Sequence[FileInfo]) -> str:
+    """Return the trace id: 16 hex digits over the shape and every table file's path and hash.
+
+    `shape` is the JSON that stands in the manifest, so that fields which later versions add to
+    ModelShape leave the ids of old traces alone.
+    """
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     for file in sorted(files, key=lambda file: file.path):
         digest.update(f"\n{file.path} {file.sha256}".encode())
     return digest.hexdigest()[:16]
@@ -94,7 +96,7 @@ class TraceWriter:
         self._schemas = table_schemas(shape, recorded)
         self._part_rows = part_rows
         self._buffers: dict[str, list[pa.Table]] = {table: [] for table in TABLES}
-        self._buffered = dict.fromkeys(TABLES, 0)
+        self._buffered: dict[str, int] = dict.fromkeys(TABLES, 0)
         self._files: dict[str, list[FileInfo]] = {table: [] for table in TABLES}
         self._is_closed = False
         self._refuse_existing(overwrite)
@@ -113,7 +115,7 @@ class TraceWriter:
         if table not in self._schemas:
             raise unknown_name("table", table, TABLES)
         rows = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
-        self._buffers[table].append(_fit(table, rows, self._schemas[table]))
+        self._buffers[table].append(fit_rows(table, rows, self._schemas[table]))
         self._buffered[table] += rows.num_rows
         if self._buffered[table] >= self._part_rows:
             self.flush()
@@ -135,14 +137,23 @@ class TraceWriter:
         warnings: Sequence[str] = (),
         salvaged: bool = False,
     ) -> Manifest:
-        """Complete the trace, move it to its final place and return its manifest."""
+        """Complete the trace, move it to its final place and return its manifest.
+
+        Raises TraceError if no routing was recorded.
+        """
         self.flush()
+        if not self._files["routing"]:
+            raise TraceError(
+                f"No routing was recorded, so {self.out} would be no trace. Remove {self.partial}."
+            )
         with self._disk_errors():
             tables = {name: tuple(files) for name, files in self._files.items() if files}
             tables["sequences"] = (self._merge_sequences(),)
             header = self.header
             manifest = Manifest(
-                trace_id=content_id(header.shape, [f for fs in tables.values() for f in fs]),
+                trace_id=content_id(
+                    to_json(header.shape), [f for fs in tables.values() for f in fs]
+                ),
                 shape=header.shape,
                 hardware=header.hardware,
                 run=header.run,
@@ -202,7 +213,7 @@ class TraceWriter:
         return self._write_file("sequences.parquet", "sequences", rows, 0)
 
     def _write_file(self, path: str, table: str, rows: pa.Table, number: int) -> FileInfo:
-        body = _parquet_bytes(rows, table, number)
+        body = parquet_bytes(rows, table, number)
         (self.partial / path).parent.mkdir(exist_ok=True)
         _write_durably(self.partial / path, body)
         digest = hashlib.sha256(body).hexdigest()
@@ -218,8 +229,8 @@ class TraceWriter:
             )
         if self.partial.exists() and not (overwrite and _is_ours(self.partial, HEADER, MANIFEST)):
             raise UsageError(
-                f"{self.partial} is left from a run that was killed or is still going. Keep it with "
-                f"`expertflow-trace check {self.partial} --salvage OTHER`, remove it, "
+                f"{self.partial} is left from a run that was killed or is still going. "
+                f"Keep it with `expertflow-trace check {self.partial} --salvage OTHER`, remove it, "
                 "or pass --overwrite."
             )
 
@@ -254,54 +265,6 @@ def _is_ours(folder: Path, *marks: str) -> bool:
     if not folder.is_dir():
         return False
     return any((folder / mark).is_file() for mark in marks) or not any(folder.iterdir())
-
-
-def _fit(table: str, rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    missing = [name for name in schema.names if name not in rows.column_names]
-    unknown = [name for name in rows.column_names if name not in schema.names]
-    if missing or unknown:
-        problem = f"lacks column {missing[0]!r}" if missing else f"has no column {unknown[0]!r}"
-        raise TraceError(f"{table}: {problem}; expected: {', '.join(schema.names)}.")
-    try:
-        fitted = rows.select(schema.names).cast(schema)
-    except (pa.ArrowException, ValueError) as error:
-        raise TraceError(f"{table}: rows do not fit the format: {error}.") from error
-    for field in schema:
-        if not field.nullable and fitted.column(field.name).null_count:
-            raise TraceError(f"{table}: column {field.name!r} holds nulls.")
-    return fitted
-
-
-def _parquet_bytes(rows: pa.Table, table: str, number: int) -> bytes:
-    # Through memory, so that the hash is of what was meant and not of what the disk kept.
-    footer = {
-        "expertflow.format": FORMAT,
-        "expertflow.table": table,
-        "expertflow.part": str(number),
-    }
-    rows = rows.replace_schema_metadata(footer).unify_dictionaries()
-    delta = [name for name in _DELTA_COLUMNS if name in rows.column_names]
-    floats = [f.name for f in rows.schema if pa.types.is_floating(f.type)]
-    plain = {*delta, *floats}
-    with pa.BufferOutputStream() as sink:
-        pq.write_table(
-            rows,
-            sink,
-            compression="zstd",
-            row_group_size=ROW_GROUP_ROWS,
-            use_dictionary=[leaf for f in rows.schema if f.name not in plain for leaf in _leaf(f)],
-            column_encoding=dict.fromkeys(delta, "DELTA_BINARY_PACKED")
-            | dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
-            write_page_checksum=True,
-        )
-        return sink.getvalue().to_pybytes()
-
-
-def _leaf(field: pa.Field) -> list[str]:
-    if not pa.types.is_nested(field.type):
-        return [field.name]
-    is_weights = pa.types.is_float16(field.type.value_type)
-    return [] if is_weights else [f"{field.name}.list.element"]
 
 
 def _json_bytes(record: Any) -> bytes:

@@ -1,0 +1,243 @@
+"""Seconds, from a machine's own measurements: the time model of a replay.
+
+Every coefficient is fitted to rows that were measured (a trace's `steps`, or the runtime's own in `verify`),
+on the physical scale. Nothing is a constant of ours; what was not measured is zero and said so in
+`CostModel.notes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..tracer.quantities import LinkSpec
+from ..tracer.schema import WHOLE_STEP
+from ..tracer.types import LinkProfile, MemoryPoint, ModelShape, Phase
+
+_OUTLIER = 5.0
+"""Rows this many times above their phase's median are clipped: one preemption is not a trend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A fitted cost: the dot product of non-negative weights and features, in seconds."""
+
+    weights: tuple[float, ...]
+    residual: float = 0.0
+    """Median relative error over the rows it was fitted to."""
+
+    def __call__(self, *features: float) -> float:
+        return float(sum(w * x for w, x in zip(self.weights, features, strict=True)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseCosts:
+    """Costs of one phase. Features are given at each use in CostModel."""
+
+    mixer: Linear
+    experts: Linear
+    head: Linear
+    decision: Linear
+    readback_s: float
+    lookahead: Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """The machine of a replay.
+
+    `copy_s` and `wake_s` describe the link as the engine sees it: seconds per copy of one expert, and per
+    wait. `memory` are measured peaks of working tensors.
+    """
+
+    prefill: PhaseCosts
+    decode: PhaseCosts
+    expert_bytes: int
+    copy_s: float
+    busy_copy_s: float
+    wake_s: float
+    chunk_bytes: int
+    memory: tuple[MemoryPoint, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def phase(self, phase: Phase) -> PhaseCosts:
+        """The costs of a phase."""
+        return self.prefill if phase == "prefill" else self.decode
+
+    def mixer_s(self, phase: Phase, tokens: int, context: int, loads: int) -> float:
+        """Attention, norms and router of one layer; `loads` is the traffic since the last event."""
+        return self.phase(phase).mixer(1, tokens, tokens * context, loads)
+
+    def experts_s(self, phase: Phase, tokens: int, distinct: int, loads: int, waves: int) -> float:
+        """One layer's expert computation; `loads` of its experts were freshly copied."""
+        return self.phase(phase).experts(1, tokens, distinct, loads, waves - 1)
+
+    def head_s(self, phase: Phase, batch: int, tokens: int) -> float:
+        """Everything of a forward pass outside its layers."""
+        return self.phase(phase).head(1, batch, tokens)
+
+    def decision_s(self, phase: Phase, distinct: int, loads: int) -> float:
+        """The policy's and the copy queue's own time for one event."""
+        return self.phase(phase).decision(1, distinct, loads)
+
+    def lookahead_s(self, phase: Phase, tokens: int, loads: int) -> float:
+        """Computing predictions and asking for `loads` prefetches."""
+        return self.phase(phase).lookahead(1, tokens, loads)
+
+    def activation_bytes(self, phase: Phase, batch: int, tokens: int, context: int) -> int:
+        """Peak working tensors of one pass, from the measured points."""
+        points = [p for p in self.memory if p.phase == phase]
+        if not points:
+            return 0
+        sizes = np.asarray([[1.0, p.tokens, p.batch * p.context] for p in points])
+        values = np.asarray([p.activation_bytes for p in points], dtype=np.float64)
+        fitted = _non_negative(sizes, values)
+        return int(fitted @ np.asarray([1.0, tokens, batch * context]))
+
+    def with_link(self, link: LinkSpec) -> CostModel:
+        """The same machine behind a declared link."""
+        copy_s = link.copy_s(self.expert_bytes)
+        return replace(self, copy_s=copy_s, busy_copy_s=copy_s)
+
+    def with_policy_costs(self, decision_s: float, submit_s: float) -> CostModel:
+        """Charge a policy's measured time where the rows were recorded without one."""
+        def charged(costs: PhaseCosts) -> PhaseCosts:
+            if any(costs.decision.weights):
+                return costs
+            return replace(costs, decision=Linear((decision_s, 0.0, submit_s)))
+
+        return replace(self, prefill=charged(self.prefill), decode=charged(self.decode))
+
+
+def fit_costs(
+    steps: Mapping[str, Sequence[Any]],
+    demand_loads: Mapping[tuple[int, int], int],
+    prefetch_loads: Mapping[tuple[int, int], int],
+    *,
+    link: LinkProfile,
+    shape: ModelShape,
+    pinned: bool,
+    memory: tuple[MemoryPoint, ...] = (),
+) -> CostModel:
+    """Fit a machine to measured rows.
+
+    `steps` are columns of the steps table; the loads are counted by (step, layer). Link seconds come from
+    the profile's curves at the size of one expert.
+    """
+    rows = _Rows(steps, demand_loads, prefetch_loads)
+    size = shape.expert_bytes
+    return CostModel(
+        prefill=_fit_phase(rows, "prefill"),
+        decode=_fit_phase(rows, "decode"),
+        expert_bytes=size,
+        copy_s=link.curve(pinned=pinned, busy=False).copy_s(size),
+        busy_copy_s=link.curve(pinned=pinned, busy=True).copy_s(size),
+        wake_s=link.wake_s,
+        chunk_bytes=link.chunk_bytes,
+        memory=memory,
+    )
+
+
+class _Rows:
+    """The steps table as arrays, with loads joined."""
+
+    def __init__(
+        self,
+        steps: Mapping[str, Sequence[Any]],
+        demand: Mapping[tuple[int, int], int],
+        prefetch: Mapping[tuple[int, int], int],
+    ) -> None:
+        self.columns = {
+            name: np.asarray(values, dtype=np.float64)
+            for name, values in steps.items()
+            if name != "phase"
+        }
+        self.phase = np.asarray(steps["phase"], dtype=object)
+        self.is_whole = self.columns["layer"] == WHOLE_STEP
+        places = list(zip(steps["step"], steps["layer"], strict=True))
+        self.demand = np.asarray([demand.get(place, 0) for place in places], dtype=np.float64)
+        self.prefetch = np.asarray([prefetch.get(place, 0) for place in places], dtype=np.float64)
+        # A layer's mixer runs while (or after) the loads of the event before it.
+        self.before = np.r_[0.0, (self.demand + self.prefetch)[:-1]]
+
+    def layers(self, phase: str) -> np.ndarray:
+        return (self.phase == phase) & ~self.is_whole
+
+    def whole(self, phase: str) -> np.ndarray:
+        return (self.phase == phase) & self.is_whole
+
+    def head_s(self, phase: str) -> np.ndarray:
+        """Whole pass minus its layers."""
+        whole = self.whole(phase)
+        steps = self.columns["step"][whole].astype(int)
+        inside = np.zeros(int(self.columns["step"].max()) + 1)
+        layers = self.layers(phase)
+        np.add.at(
+            inside, self.columns["step"][layers].astype(int), self.columns["total_s"][layers]
+        )
+        return np.maximum(0.0, self.columns["total_s"][whole] - inside[steps])
+
+
+def _fit_phase(rows: _Rows, phase: Phase) -> PhaseCosts:
+    layers, whole = rows.layers(phase), rows.whole(phase)
+    if not layers.any():
+        zero = Linear((0.0,) * 3)
+        return PhaseCosts(
+            mixer=Linear((0.0,) * 4),
+            experts=Linear((0.0,) * 5),
+            head=zero,
+            decision=zero,
+            readback_s=0.0,
+            lookahead=zero,
+        )
+    column = {name: values[layers] for name, values in rows.columns.items()}
+    one = np.ones(int(layers.sum()))
+    tokens, distinct, loads = column["tokens"], column["distinct"], rows.demand[layers]
+    prefetch = rows.prefetch[layers]
+    batch, fed = rows.columns["batch"][whole], rows.columns["tokens"][whole]
+    return PhaseCosts(
+        mixer=_fit(
+            [one, tokens, tokens * column["context"], rows.before[layers]], column["mixer_s"]
+        ),
+        experts=_fit([one, tokens, distinct, loads, column["waves"] - 1], column["experts_s"]),
+        head=_fit([np.ones(int(whole.sum())), batch, fed], rows.head_s(phase)),
+        decision=_fit([one, distinct, loads], column["decision_s"]),
+        readback_s=float(_clipped(column["readback_s"]).mean()),
+        lookahead=_fit([one, tokens, prefetch], column["lookahead_s"]),
+    )
+
+
+def _fit(features: Sequence[np.ndarray], seconds: np.ndarray) -> Linear:
+    """Least squares with non-negative weights; a feature that never varies folds into the first."""
+    target = _clipped(seconds)
+    matrix = np.column_stack(features)
+    varies = np.ptp(matrix, axis=0) > 0
+    varies[0] = True
+    weights = np.zeros(matrix.shape[1])
+    weights[varies] = _non_negative(matrix[:, varies], target)
+    fitted = matrix @ weights
+    scale = np.median(target)
+    residual = float(np.median(np.abs(fitted - target)) / scale) if scale > 0 else 0.0
+    return Linear(tuple(weights.tolist()), residual)
+
+
+def _clipped(seconds: np.ndarray) -> np.ndarray:
+    middle = float(np.median(seconds))
+    return np.minimum(seconds, _OUTLIER * middle) if middle > 0 else seconds
+
+
+def _non_negative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Least squares, dropping the most negative weight until none is left."""
+    active = list(range(matrix.shape[1]))
+    weights = np.zeros(matrix.shape[1])
+    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
+    while active:
+        solved, *_ = np.linalg.lstsq(matrix[:, active] / scale[active], target, rcond=None)
+        if (solved >= 0).all():
+            weights[active] = solved / scale[active]
+            return weights
+        active.pop(int(np.argmin(solved)))
+    return weights

@@ -1,0 +1,58 @@
+"""A result as lines for people."""
+
+from __future__ import annotations
+
+from ..tracer.quantities import format_bytes, format_seconds
+from .result import Result
+
+
+def result_rows(result: Result) -> list[tuple[str, str]]:
+    """Names and values of a result, units in the value."""
+    bounds, prefetch = result.bounds, result.prefetch
+    rows = [
+        ("source", result.source),
+        ("throughput", f"{result.tokens_per_s:.1f} tokens/s (batch {result.batch_size})"),
+        ("first token", f"{format_seconds(result.ttft_s)} mean, p95 {format_seconds(result.ttft.p95)}"),
+        ("per token", f"{format_seconds(result.tpot_s)} mean, p95 {format_seconds(result.tpot.p95)}"),
+    ]
+    for name, phase in (("prefill", result.prefill), ("decode", result.decode)):
+        rows.append(
+            (
+                name,
+                f"hit {phase.hit_rate:.1%}, late {phase.late_rate:.1%}, miss {phase.miss_rate:.1%}; "
+                f"{format_bytes(phase.bytes_per_token)} per token; stalled {format_seconds(phase.stall_s)} "
+                f"of {format_seconds(phase.seconds)}",
+            )
+        )
+    if prefetch.issued:
+        rows.append(
+            (
+                "prefetch",
+                f"{prefetch.issued} issued: {prefetch.useful} in time, {prefetch.late} late, "
+                f"{prefetch.wasted} wasted, {prefetch.harmful} harmful, {prefetch.cancelled} cancelled",
+            )
+        )
+    rows.append(
+        (
+            "memory",
+            f"peak {format_bytes(result.peak_device_bytes)}: slots {format_bytes(result.memory.slots)}, "
+            f"other weights {format_bytes(result.memory.non_expert_weights)}, KV cache "
+            f"{format_bytes(result.memory.kv_cache)}, working tensors "
+            f"{format_bytes(result.memory.activations)}",
+        )
+    )
+    if bounds.all_resident_tokens_per_s:
+        rows.append(
+            (
+                "bounds",
+                f"all resident {bounds.all_resident_tokens_per_s:.1f} tokens/s; Belady "
+                f"{bounds.belady_tokens_per_s:.1f} (hits {bounds.belady_hit_rate:.1%}); link "
+                f"{bounds.link_tokens_per_s:.1f}, of which {bounds.share_of_best:.0%} reached",
+            )
+        )
+    floor = " — at 1 and above no cache can hit by recency" if result.slots_ratio >= 1 else ""
+    rows.append(("r", f"{result.slots_ratio:.2f} distinct experts per event and slot{floor}"))
+    rows.append(("device", result.device))
+    rows.append(("link", f"{result.link} ({result.link_origin})"))
+    rows += [("warning", text) for text in result.warnings]
+    return rows

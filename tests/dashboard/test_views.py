@@ -1,0 +1,177 @@
+"""Every page on a demo folder, an empty one and a broken one: no exception, and the right words."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from expertflow.dashboard import parts, words
+from expertflow.dashboard.views import overview, verify
+from expertflow.tracer.records import write_json
+from streamlit.testing.v1 import AppTest
+
+from .conftest import make_tuning, make_verdict
+
+REPO = Path(__file__).resolve().parents[2]
+PAGES = ("overview", "verify")
+
+
+def open_page(page: str, folder: Path) -> AppTest:
+    script = f"""
+from pathlib import Path
+from expertflow.dashboard.data import discover
+from expertflow.dashboard.views import {page}
+{page}.render(discover(Path({str(folder)!r})))
+"""
+    return AppTest.from_string(script, default_timeout=30).run()
+
+
+def titles(app: AppTest) -> str:
+    specs = [json.loads(chart.proto.spec) for chart in app.get("plotly_chart")]
+    return " ".join(spec["layout"]["title"]["text"] for spec in specs)
+
+
+def text(app: AppTest) -> str:
+    kinds = (app.markdown, app.caption, app.warning, app.info, app.error, app.success, app.code)
+    return "\n".join(element.value for kind in kinds for element in kind).replace("\\", "")
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("state", ["demo", "empty", "broken"])
+def test_every_page_opens_on_every_folder(
+    page: str, state: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = tmp_path / "none" if state == "empty" else request.getfixturevalue(state)
+    folder.mkdir(exist_ok=True)
+    app = open_page(page, folder)
+    assert not app.exception
+    assert app.title[0].value == page.capitalize()
+
+
+def test_app_offers_both_pages(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPERTFLOW_DATA", str(demo))
+    app = AppTest.from_file(str(REPO / "dashboard" / "app.py"), default_timeout=30).run()
+    assert not app.exception
+    assert app.title[0].value == "Overview"
+
+
+def test_overview_shows_the_way_from_baseline_to_measured(demo: Path) -> None:
+    app = open_page("overview", demo)
+    assert [metric.value for metric in app.metric] == [
+        "9.4 tokens/s",
+        "27.9 tokens/s",
+        "26.8 tokens/s",
+    ]
+    assert "Decode: the busiest 10 % of experts" in titles(app)
+    assert "perfect foresight 83 %" in titles(app)
+    assert "declared from a data sheet" in text(app)
+    assert "expertflow-trace deploy" in text(app)
+
+
+def test_every_chart_has_words_for_those_who_cannot_see_it(demo: Path) -> None:
+    for page in PAGES:
+        charts = open_page(page, demo).get("plotly_chart")
+        assert charts
+        assert all(chart.proto.alt for chart in charts)
+        assert all('"showSendToCloud": false' in chart.proto.config for chart in charts)
+
+
+def test_phase_and_order_change_the_heatmap(demo: Path) -> None:
+    app = open_page("overview", demo)
+    app.get("button_group")[0].set_value("prefill").run()
+    assert not app.exception
+    assert "Prefill: the busiest" in titles(app)
+
+
+def test_domain_changes_the_heatmap(demo: Path) -> None:
+    app = open_page("overview", demo)
+    before = titles(app)
+    app.selectbox(key="domain").set_value("code").run()
+    assert titles(app) != before
+
+
+def test_state_comes_from_the_address(demo: Path) -> None:
+    app = open_page("overview", demo)
+    app.query_params["phase"] = "prefill"
+    app.run()
+    fresh = AppTest.from_string(
+        f"""
+from pathlib import Path
+from expertflow.dashboard.data import discover
+from expertflow.dashboard.views import overview
+overview.render(discover(Path({str(demo)!r})))
+""",
+        default_timeout=30,
+    )
+    fresh.query_params["phase"] = "prefill"
+    assert "Prefill: the busiest" in titles(fresh.run())
+
+
+def test_verify_says_yes(demo: Path) -> None:
+    app = open_page("verify", demo)
+    assert "Validated." in app.success[0].value
+    assert "18 of 18 checks" in titles(app)
+    assert words.EMULATED in text(app)
+
+
+def test_verify_says_no_and_why(demo: Path) -> None:
+    app = open_page("verify", demo)
+    app.selectbox(key="verdict").set_value("other-verdict.json").run()
+    assert "NOT validated." in app.error[0].value
+    assert "lfu: tokens/s predicted 20.6 % too high" in text(app)
+    assert "copies slower than the traced link" in app.table[2].value.to_string()
+
+
+def test_empty_folders_name_the_commands(tmp_path: Path) -> None:
+    assert parts.FILL_TRACE in text(open_page("overview", tmp_path))
+    everything = text(open_page("verify", tmp_path))
+    for command in (parts.FILL_TRACE, parts.FILL_TUNING, parts.FILL_VERDICT):
+        assert command in everything
+
+
+def test_a_trace_without_tuning_names_the_next_command(tmp_path: Path) -> None:
+    from expertflow.tracer.synthetic import synthetic_trace
+
+    synthetic_trace(tmp_path / "only")
+    assert parts.FILL_TUNING in text(open_page("overview", tmp_path))
+
+
+def test_broken_folders_name_the_files_and_show_the_rest(broken: Path) -> None:
+    app = open_page("overview", broken)
+    words_shown = text(app)
+    for name in ("cut/routing/part-00000.parquet", "torn/manifest.json", "verdict.json"):
+        assert name in words_shown
+    assert "Traceback" not in words_shown
+    assert "perfect foresight" in titles(app)
+
+
+def test_results_without_their_trace_are_shown(tmp_path: Path) -> None:
+    write_json(tmp_path / "tuning.json", make_tuning("elsewhere"))
+    app = open_page("overview", tmp_path)
+    assert not app.exception
+    assert "not in this folder" in text(app)
+    assert "perfect foresight" in titles(app)
+
+
+def test_baseline_is_the_one_that_keeps_nothing() -> None:
+    found = overview.baseline(make_tuning("t"))
+    assert found is not None
+    assert found.label == "none"
+
+
+def test_a_good_verdict_has_no_reasons_against_it() -> None:
+    assert verify.reasons(make_verdict("t", validated=True)) == []
+
+
+def test_dashboard_stands_on_tracer_and_simulator_only() -> None:
+    for path in (REPO / "dashboard").rglob("*.py"):
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module or "")
+        firsts = {part for name in names for part in name.split(".")[:2]}
+        assert not firsts & {"torch", "simpy", "transformers", "runtime"}, path

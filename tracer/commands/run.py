@@ -1,0 +1,86 @@
+"""`expertflow-trace run`: generate with a model and record its routing and timings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import print_json, print_rows, progress, say
+
+
+def run(
+    out: Annotated[Path, typer.Option(help="Trace folder to write.")],
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder, or 'embedded' (shipped with the package).")
+    ] = "embedded",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, .jsonl or text; default: the shipped held-out set.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most this many prompts, spread over the file.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    residency: Annotated[
+        str, typer.Option(help="auto, resident, or stream (experts cross the link one by one).")
+    ] = "auto",
+    link: Annotated[
+        str | None, typer.Option(help="Emulate a link on the CPU, for example 8GB/s+10us.")
+    ] = None,
+    lookahead: Annotated[
+        int, typer.Option(help="Record what the gates of this many later layers pick (0-3).")
+    ] = 1,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Compute threads on the CPU; default: all cores but one.")
+    ] = None,
+    store_text: Annotated[bool, typer.Option("--store-text", help="Keep the prompts' text.")] = False,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Leave token ids out (they spell the text).")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Trace a real run: which experts each token uses, and how long everything takes.
+
+    Example: expertflow-trace run --out traces/mine --limit 24
+    """
+    from ..tracing import TraceRequest, trace_run
+
+    request = TraceRequest(
+        out=out,
+        model=model,
+        prompts=prompts,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        residency=residency,
+        link=link,
+        lookahead=lookahead,
+        revision=revision,
+        threads=threads,
+        store_text=store_text,
+        redact=redact,
+        overwrite=overwrite,
+    )
+    try:
+        manifest, summary = trace_run(request, progress=progress, say=say)
+    except KeyboardInterrupt:
+        say(
+            f"Interrupted. What was recorded is in {out}.partial; "
+            f"keep it with `expertflow-trace check {out} --salvage SALVAGED`."
+        )
+        raise
+    if as_json:
+        print_json({"format": "expertflow.run/1", "trace": str(out), **summary})
+        return
+    print_rows(f"Trace {out}", [(name, str(value)) for name, value in summary.items()])
+    say(f"Next: expertflow-trace tune {out} --budget 0.5 --out policy.json")
+    for warning in manifest.warnings:
+        say(f"warning: {warning}")

@@ -1,0 +1,388 @@
+"""Records a real run: routing, step times and transfers of a model that generates text.
+
+Resident: the model runs as it is, with the stock experts function timed in place. Stream: its experts stay
+in packed host blocks and cross the link when demanded, each copy timed, so that a model larger than the
+device can be traced too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from .blocks import HostBlocks, SlotArena, StandIn
+from .copies import Copy, CopyEngine, copy_engine
+from .generate import Generated, Prompt, StepTokens, greedy
+from .hooks import ExpertLayer, gate_choice, install, stock_function
+from .load import LoadedModel
+from .prompts import PromptText, batches
+from .quantities import LinkSpec
+from .schema import SEQUENCES, STEPS, TRANSFERS
+from .slotwise import SlotCompute, combine
+from .timing import StepInfo, StepTimer, step_timer
+from .types import ExpertKey
+from .writer import TraceWriter
+
+_ROWS_PER_TABLE = 4096
+_FLUSH_EVERY_S = 5.0
+"""A kill costs at most this much of the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """What to record beside the chosen experts."""
+
+    lookahead: int = 1
+    weights: bool = True
+    token_ids: bool = True
+    text: bool = False
+
+
+@dataclass(slots=True)
+class _Routing:
+    """Routing rows waiting to be written, as arrays per (step, layer)."""
+
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    rows: int = 0
+
+
+class Recorder:
+    """Drives one traced run; without a writer it drops what it sees. Implements StepObserver."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        writer: TraceWriter | None,
+        device: torch.device,
+        recording: Recording,
+        timer: StepTimer | None = None,
+    ) -> None:
+        self.loaded = loaded
+        self.recording = recording
+        self.timer = timer or step_timer(device)
+        self._writer = writer
+        self._routing = _Routing()
+        self._info: StepInfo | None = None
+        self._tokens = StepTokens([], [], [])
+        self.engine: CopyEngine | None = None
+        self._transfers = 0
+        self._flushed_s = self.timer.now()
+
+    @property
+    def step(self) -> int:
+        """Number of the current forward pass."""
+        assert self._info is not None
+        return self._info.step
+
+    def begin_step(self, info: StepInfo, tokens: StepTokens) -> None:
+        """See generate.StepObserver."""
+        self._info, self._tokens = info, tokens
+        self.timer.begin(info)
+
+    def end_step(self) -> float:
+        """See generate.StepObserver."""
+        seconds = self.timer.end()
+        if self._routing.rows >= _ROWS_PER_TABLE:
+            self.write()
+        return seconds
+
+    def record(
+        self, layer: int, chosen: np.ndarray, weights: torch.Tensor, lookahead: dict[int, np.ndarray]
+    ) -> None:
+        """Keep one event's routing: arrays are [tokens, top_k]."""
+        part: dict[str, Any] = {
+            "layer": layer,
+            "info": self._info,
+            "tokens": self._tokens,
+            "experts": chosen.astype(np.uint16),
+            "lookahead": lookahead,
+        }
+        if self.recording.weights:
+            part["weights"] = weights.detach().float().cpu().numpy().astype(np.float16)
+        self._routing.parts.append(part)
+        self._routing.rows += len(chosen)
+
+    def lookahead(self, layer: int, hidden_states: torch.Tensor) -> dict[int, np.ndarray]:
+        """What the next layers' gates pick from this layer's hidden state."""
+        found: dict[int, np.ndarray] = {}
+        layers = self.loaded.layers
+        for depth in range(1, self.recording.lookahead + 1):
+            gate = layers[layer + depth].gate if layer + depth < len(layers) else None
+            if gate is not None:
+                ids = gate_choice(gate, hidden_states, self.loaded.shape.top_k)
+                found[depth] = ids.cpu().numpy().astype(np.uint16)
+        return found
+
+    def write(self) -> None:
+        """Hand everything collected to the writer, and make it durable every few seconds."""
+        steps = self.timer.rows.take()
+        if self._writer is None:
+            self._routing = _Routing()
+            return
+        if self._routing.parts:
+            self._writer.append("routing", self._routing_table())
+            self._routing = _Routing()
+        if steps:
+            self._writer.append("steps", _labelled(pa.table(steps), STEPS))
+        self._write_transfers(self._writer)
+        if self.timer.now() - self._flushed_s > _FLUSH_EVERY_S:
+            self._writer.flush()
+            self._flushed_s = self.timer.now()
+
+    def _routing_table(self) -> pa.Table:
+        parts = self._routing.parts
+        top_k = self.loaded.shape.top_k
+        columns: dict[str, Any] = {
+            "step": _repeat(parts, lambda p: p["info"].step, np.int32),
+            "layer": _repeat(parts, lambda p: p["layer"], np.int16),
+            "sequence": np.concatenate([p["tokens"].sequence for p in parts]).astype(np.int32),
+            "position": np.concatenate([p["tokens"].position for p in parts]).astype(np.int32),
+            "phase": [p["info"].phase for p in parts for _ in range(len(p["experts"]))],
+            "experts": _lists([p["experts"] for p in parts], top_k),
+        }
+        ids = np.concatenate([p["tokens"].token_id for p in parts]).astype(np.int32)
+        columns["token_id"] = ids if self.recording.token_ids else np.full_like(ids, -1)
+        columns["modality"] = np.where(columns["position"] < 0, "pad", "text")
+        if self.recording.weights:
+            columns["weights"] = _lists([p["weights"] for p in parts], top_k)
+        for depth in range(1, self.recording.lookahead + 1):
+            columns[f"lookahead_{depth}"] = pa.concat_arrays(
+                [
+                    _lists([p["lookahead"][depth]], top_k)
+                    if depth in p["lookahead"]
+                    else pa.nulls(len(p["experts"]), pa.list_(pa.uint16(), top_k))
+                    for p in parts
+                ]
+            )
+        return _labelled(pa.table(columns), None)
+
+    def _write_transfers(self, writer: TraceWriter) -> None:
+        copies = self.engine.take_records() if self.engine else []
+        if not copies:
+            return
+        numbers = range(self._transfers, self._transfers + len(copies))
+        self._transfers += len(copies)
+        assert self.engine is not None
+        stream = self.engine.stream_names[0]
+        columns = {
+            "transfer": list(numbers),
+            "step": [c.step for c in copies],
+            "layer": [c.key.layer for c in copies],
+            "expert": [c.key.expert for c in copies],
+            "bytes": [c.source.numel() for c in copies],
+            "why": [c.why for c in copies],
+            "stream": [stream] * len(copies),
+            "queued_s": [c.queued_s for c in copies],
+            "start_s": [c.start_s for c in copies],
+            "end_s": [c.end_s for c in copies],
+            "needed_s": [c.needed_s for c in copies],
+            "pinned": [self.engine.pinned] * len(copies),
+        }
+        writer.append("transfers", _labelled(pa.table(columns), TRANSFERS))
+
+
+class ResidentExperts:
+    """Handler that records and lets the stock function compute."""
+
+    def __init__(self, recorder: Recorder, layer: ExpertLayer) -> None:
+        self._recorder = recorder
+        self._layer = layer.index
+        self._stock = stock_function(layer.module, recorder.loaded.implementation)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """See tracer.hooks.ExpertsHandler."""
+        timer = self._recorder.timer
+        chosen = _observe(self._recorder, self._layer, hidden_states, top_k_index, top_k_weights)
+        output = self._stock(module, hidden_states, top_k_index, top_k_weights)
+        timer.lap("experts_s")
+        timer.leave(self._layer, distinct=len(np.unique(chosen)), waves=1)
+        timer.skip()
+        return output
+
+
+class StreamedExperts:
+    """Handler that loads every demanded expert through a small arena, in waves if it must."""
+
+    def __init__(
+        self, recorder: Recorder, layer: ExpertLayer, blocks: HostBlocks, arena: SlotArena
+    ) -> None:
+        self._recorder = recorder
+        self._layer = layer.index
+        self._blocks = blocks
+        self._arena = arena
+        self._compute = SlotCompute(
+            StandIn(layer.module, arena.part(range(arena.slots))),
+            stock_function(layer.module, recorder.loaded.implementation),
+            num_experts=recorder.loaded.shape.num_experts,
+            first_slot=0,
+        )
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """See tracer.hooks.ExpertsHandler."""
+        timer = self._recorder.timer
+        chosen = _observe(self._recorder, self._layer, hidden_states, top_k_index, top_k_weights)
+        distinct = np.unique(chosen).tolist()
+        size = self._arena.slots
+        waves = [distinct[start : start + size] for start in range(0, len(distinct), size)]
+        partial: torch.Tensor | None = None
+        for experts in waves:
+            self._load(experts)
+            slots = range(len(experts))
+            partial = self._compute.wave(experts, slots, hidden_states, chosen, partial)
+            timer.lap("experts_s")
+        assert partial is not None
+        output = combine(partial, hidden_states, top_k_weights)
+        timer.lap("experts_s")
+        timer.leave(self._layer, distinct=len(distinct), waves=len(waves))
+        timer.skip()
+        return output
+
+    def _load(self, experts: Sequence[int]) -> None:
+        recorder = self._recorder
+        assert recorder.engine is not None
+        copies = [
+            Copy(key, self._blocks.block(key), self._arena.slot(slot), "demand", recorder.step)
+            for slot, key in enumerate(ExpertKey(self._layer, expert) for expert in experts)
+        ]
+        recorder.engine.submit(copies)
+        recorder.timer.lap("decision_s")
+        recorder.engine.wait(copies)
+        recorder.timer.lap("stall_s")
+
+
+def _observe(
+    recorder: Recorder,
+    layer: int,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> np.ndarray:
+    """Read one event's routing back and keep it; the tracer's own work is not charged to the run."""
+    timer = recorder.timer
+    timer.enter()
+    chosen = top_k_index.cpu().numpy()
+    timer.lap("readback_s")
+    lookahead = recorder.lookahead(layer, hidden_states)
+    timer.lap("lookahead_s")
+    recorder.record(layer, chosen, top_k_weights, lookahead)
+    timer.skip()
+    return chosen
+
+
+def record_run(
+    recorder: Recorder,
+    prompts: Sequence[Prompt],
+    texts: Sequence[PromptText],
+    writer: TraceWriter,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    make: Callable[[ExpertLayer], Any],
+    advance: Callable[[int], None],
+) -> list[Generated]:
+    """Generate for all prompts, batch by batch, recording; `advance` hears of tokens done."""
+    loaded = recorder.loaded
+    restore = install(loaded.model, loaded.layers, make)
+    outputs: list[Generated] = []
+    step = 0
+    try:
+        for number, batch in enumerate(batches(prompts, batch_size)):
+            generated = greedy(
+                loaded.model,
+                batch,
+                max_new_tokens=max_new_tokens,
+                eos_ids=loaded.eos_ids,
+                pad_id=loaded.pad_id,
+                first_step=step,
+                observer=recorder,
+            )
+            step += max(len(one.token_ids) for one in generated)
+            writer.append(
+                "sequences", _sequences(number, batch, generated, texts, recorder.recording)
+            )
+            outputs += generated
+            recorder.write()
+            advance(sum(len(one.token_ids) for one in generated))
+    finally:
+        restore()
+    return outputs
+
+
+def stream_handlers(
+    recorder: Recorder,
+    blocks: HostBlocks,
+    arena: SlotArena,
+    device: torch.device,
+    link: LinkSpec | None,
+) -> Callable[[ExpertLayer], StreamedExperts]:
+    """Prepare streaming: the recorder gets a copy engine, layers get handlers."""
+    recorder.engine = copy_engine(device, recorder.timer.now, pinned=blocks.pinned, link=link)
+    return lambda layer: StreamedExperts(recorder, layer, blocks, arena)
+
+
+def _sequences(
+    batch_number: int,
+    batch: Sequence[Prompt],
+    generated: Sequence[Generated],
+    texts: Sequence[PromptText],
+    recording: Recording,
+) -> pa.Table:
+    rows = []
+    for prompt, one in zip(batch, generated, strict=True):
+        text = texts[prompt.sequence]
+        rows.append(
+            {
+                "sequence": prompt.sequence,
+                "prompt_id": text.prompt_id,
+                "domain": text.domain,
+                "batch": batch_number,
+                "prompt_tokens": len(prompt.token_ids),
+                "generated_tokens": len(one.token_ids),
+                "finish": one.finish,
+                "ttft_s": one.token_s[0],
+                "prompt_sha256": text.sha256,
+                "prompt_text": text.text if recording.text else None,
+                "output_ids": one.token_ids if recording.token_ids else None,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=SEQUENCES)
+
+
+def _repeat(parts: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], int], kind: Any) -> Any:
+    return np.concatenate([np.full(len(p["experts"]), value(p), dtype=kind) for p in parts])
+
+
+def _lists(arrays: Sequence[np.ndarray], size: int) -> pa.FixedSizeListArray:
+    flat = pa.array(np.concatenate(arrays).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, size)
+
+
+def _labelled(table: pa.Table, schema: pa.Schema | None) -> pa.Table:
+    """Turn text columns into the format's labels."""
+    if schema is not None:
+        return table.select(schema.names).cast(schema)
+    label = pa.dictionary(pa.int8(), pa.string())
+    for name in ("phase", "modality"):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, table[name].cast(pa.string()).cast(label))
+    return table
