@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .offload import offload
+    from .offloading import offload
 
 __all__ = ["offload"]
 
@@ -18,7 +18,7 @@ __all__ = ["offload"]
 def __getattr__(name: str) -> Any:
     # torch and transformers are imported only when the runtime is used.
     if name == "offload":
-        from .offload import offload
+        from .offloading import offload
 
         return offload
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

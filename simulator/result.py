@@ -119,7 +119,7 @@ class Result:
 
     `tokens_per_s` counts generated tokens over the whole time, prefill included.
     `slots_ratio` is r: mean distinct experts per event over slots per layer, in decode; at 1 and
-    above no cache policy can hit.
+    above no cache policy can hit. `same_tokens` and `log_replays` are None where not checked.
     """
 
     source: Source
@@ -155,6 +155,8 @@ class Result:
     bounds: Bounds
     provenance: Provenance
     warnings: tuple[str, ...] = ()
+    same_tokens: bool | None = None
+    log_replays: bool | None = None
     format: str = RESULT_FORMAT
 
 

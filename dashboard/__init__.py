@@ -1,0 +1,1 @@
+"""The dashboard: what was predicted next to what was measured."""

@@ -1,0 +1,1 @@
+"""Pure functions from records and arrays to data frames and figures, one file per family."""

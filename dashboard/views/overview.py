@@ -1,0 +1,423 @@
+"""Overview: which experts the model needs, and what keeping some of them would bring."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import pandas as pd
+import streamlit as st
+
+from ...simulator.result import Result, Tuning, Verdict
+from ...tracer.records import to_json
+from ...tracer.schema import Manifest
+from .. import parts, words
+from ..data import (
+    ALL,
+    Catalog,
+    Found,
+    Problem,
+    RoutingSummary,
+    SequenceSummary,
+    Subject,
+    routing_summary,
+    sequence_summary,
+    subjects,
+)
+from ..figures import candidates as candidate_figures
+from ..figures import capacity as capacity_figures
+from ..figures import routing as routing_figures
+
+QUESTION: Final = (
+    "Which experts does this model need, and what would keeping some of them on the device bring?"
+)
+_BASELINES: Final = frozenset({"none", "on-demand", "on demand", "on_demand", "demand", "stream"})
+
+
+_TILE_WIDTH: Final = 290
+"""Wide enough for a speed; tiles wrap where three do not fit beside each other."""
+
+
+def _number(label: str, form: str, help_text: str | None = None) -> Any:
+    return st.column_config.NumberColumn(label, format=form, width="small", help=help_text)
+
+
+_COLUMNS: Final[Mapping[str, Any]] = {
+    "policy": st.column_config.TextColumn("policy", width="medium", pinned=True),
+    "tokens_per_s": _number("tokens/s", "%.2f", "Generated tokens over the whole time."),
+    "ttft_ms": _number("TTFT, ms", "%.0f", "Time to the first token."),
+    "tpot_ms": _number("TPOT, ms", "%.1f", "Time per further token."),
+    "hit_rate": _number("hit", "percent", "Decode: resident when demanded."),
+    "late_rate": _number("late", "percent", "Decode: on its way when demanded."),
+    "miss_rate": _number("miss", "percent", "Decode: neither."),
+    "mib_per_token": _number("MiB/token", "%.2f", "Expert bytes moved per token."),
+    "slots_ratio": _number("r", "%.2f", "Distinct experts per decode step over slots per layer."),
+    "peak_mib": _number("peak MiB", "%.0f", "Peak device memory, all classes."),
+}
+
+
+def render(catalog: Catalog) -> None:
+    """Draw the page for whatever the catalog holds."""
+    parts.header("Overview", QUESTION)
+    parts.problems(catalog.problems)
+    found = subjects(catalog)
+    if not found:
+        parts.empty("There is no trace in this folder yet.", parts.FILL_TRACE)
+        return
+    subject = _choose_subject(found)
+    if subject.trace:
+        _trace_card(subject.trace)
+    else:
+        st.info("The trace these results were made from is not in this folder.")
+    tuning = _choose_tuning(subject.tunings)
+    if tuning:
+        _headline(subject, tuning)
+    if subject.trace:
+        _routing(subject.trace)
+    if tuning:
+        _capacity(tuning)
+        _candidates(subject, tuning)
+    else:
+        st.header("Capacity and policies")
+        parts.empty("This trace has not been tuned yet.", parts.FILL_TUNING)
+    _results(subject)
+    _policies(catalog, subject)
+
+
+def _choose_subject(found: Sequence[Subject]) -> Subject:
+    if len(found) == 1:
+        return found[0]
+    names = [subject.name for subject in found]
+    name = st.selectbox("Trace", names, key="trace", bind="query-params")
+    return found[names.index(name)] if name in names else found[0]
+
+
+def _choose_tuning(found: Sequence[Found[Tuning]]) -> Tuning | None:
+    if len(found) < 2:
+        return found[0].value if found else None
+    names = {f"{tuning.value.budget} ({tuning.name})": tuning.value for tuning in found}
+    name = st.selectbox("Budget tuned for", list(names), key="tuning", bind="query-params")
+    return names.get(name or "", found[0].value)
+
+
+def _trace_card(trace: Found[Manifest]) -> None:
+    manifest, shape, hardware = trace.value, trace.value.shape, trace.value.hardware
+    summary = sequence_summary(trace)
+    link = hardware.link
+    experts = (
+        f"{shape.num_moe_layers} layers × {shape.num_experts} experts, {shape.top_k} per token"
+    )
+    with st.container(border=True):
+        st.markdown(f"**Trace {words.plain(trace.name)}**")
+        parts.emulated_note("emulated" in (link.origin, hardware.origin))
+        parts.facts(
+            [
+                ("Model", f"{shape.model_id} ({shape.architecture}, {shape.dtype})"),
+                ("Experts", f"{experts}, {words.size(shape.expert_bytes)} each"),
+                ("All experts", words.size(shape.expert_bytes * shape.total_experts)),
+                ("Device", f"{hardware.name} ({hardware.device})"),
+                ("Link", f"{link.name}: {words.origin(link.origin)}"),
+                *_sequence_facts(summary),
+                ("Driven", _run_text(manifest)),
+                ("Recorded", ", ".join(manifest.recorded)),
+                ("Made", f"{manifest.provenance.created}, {manifest.provenance.text} text"),
+            ]
+        )
+    if isinstance(summary, Problem):
+        parts.problems([summary])
+    notes = list(manifest.warnings)
+    if manifest.salvaged:
+        notes.insert(0, "Salvaged from a run that was cut short: its end is missing.")
+    for note in notes:
+        st.warning(words.plain(note))
+
+
+def _sequence_facts(summary: SequenceSummary | Problem) -> list[tuple[str, str]]:
+    if isinstance(summary, Problem):
+        return [("Sequences", "could not be read")]
+    domains = [domain or "unlabelled" for domain in summary.domains]
+    tokens = f"{summary.prompt_tokens:,} fed in, {summary.generated_tokens:,} generated"
+    return [
+        ("Sequences and tokens", f"{summary.sequences:,} sequences; {tokens}"),
+        ("Domains", ", ".join(domains) or "none"),
+    ]
+
+
+def _run_text(manifest: Manifest) -> str:
+    run = manifest.run
+    return f"batches of {run.batch_size}, up to {run.max_new_tokens} new tokens, {run.residency}"
+
+
+def _headline(subject: Subject, tuning: Tuning) -> None:
+    """Three tiles: the baseline, the chosen policy as predicted, and as measured."""
+    chosen = next((r for r in tuning.candidates if r.label == tuning.chosen), None)
+    start = baseline(tuning)
+    parts.emulated_note(any(r.link_origin == "emulated" for r in (start, chosen) if r))
+    with st.container(horizontal=True):
+        if start:
+            name = "Baseline" if _is_baseline(start) else "Slowest candidate"
+            _speed_tile(f"{name}, predicted", start, start.tokens_per_s)
+        if chosen:
+            old = start.tokens_per_s if start else None
+            _speed_tile("Chosen, predicted", chosen, chosen.tokens_per_s, old, "of that")
+            _measured_tile(subject, chosen)
+    for note in chosen.warnings if chosen else ():
+        st.warning(words.plain(note))
+
+
+def _measured_tile(subject: Subject, chosen: Result) -> None:
+    value = measured_speeds([chosen], subject.verdicts, subject.results).get(chosen.label)
+    if value is None:
+        st.metric("Chosen, measured", "not yet", border=True, width=_TILE_WIDTH, height="stretch")
+        st.caption(f"Measure it: `{parts.FILL_VERDICT}`")
+    else:
+        _speed_tile("Chosen, measured", chosen, value, chosen.tokens_per_s, "of the forecast")
+
+
+def _speed_tile(
+    name: str, result: Result, value: float, old: float | None = None, against: str = ""
+) -> None:
+    times = f"{words.times(value, old)} {against}" if old else "to compare with"
+    with st.container(width=_TILE_WIDTH):
+        st.metric(
+            name,
+            f"{words.rate(value)} tokens/s",
+            delta=times,
+            delta_color="off",
+            delta_arrow="off",
+            border=True,
+            height="stretch",
+        )
+        st.caption(words.plain(result.label))
+
+
+def baseline(tuning: Tuning) -> Result | None:
+    """The candidate that keeps nothing or loads on demand only; else the slowest one."""
+    for result in tuning.candidates:
+        if _is_baseline(result):
+            return result
+    return min(tuning.candidates, key=lambda r: r.tokens_per_s, default=None)
+
+
+def _is_baseline(result: Result) -> bool:
+    return bool({result.label.lower(), result.policy.get("cache", "").lower()} & _BASELINES)
+
+
+def measured_speeds(
+    candidates: Sequence[Result],
+    verdicts: Sequence[Found[Verdict]],
+    results: Sequence[Found[Result]],
+) -> dict[str, float]:
+    """Mean measured tokens/s by label, of the candidates that ran under the same conditions."""
+    seen: dict[tuple[Any, ...], list[float]] = {}
+    for run in (run for verdict in verdicts for run in verdict.value.runs):
+        speeds = [result.tokens_per_s for result in run.measured]
+        seen.setdefault(_conditions(run.predicted), []).extend(speeds)
+    for result in (found.value for found in results):
+        if result.source == "measured":
+            seen.setdefault(_conditions(result), []).append(result.tokens_per_s)
+    pairs = ((r.label, seen.get(_conditions(r))) for r in candidates)
+    return {label: statistics.fmean(speeds) for label, speeds in pairs if speeds}
+
+
+def _conditions(result: Result) -> tuple[Any, ...]:
+    """What two runs must share to be compared: the same policy on another link is another run."""
+    return (result.policy_hash, result.slots, result.link, result.batch_size)
+
+
+def _routing(trace: Found[Manifest]) -> None:
+    st.header("Which experts it needs")
+    summary = routing_summary(trace)
+    if isinstance(summary, Problem):
+        parts.problems([summary])
+        return
+    phase, domain, order = _routing_controls(summary)
+    counts = summary.select(phase, domain)
+    fig = routing_figures.heatmap(counts, phase, order)
+    alt = "Heatmap of MoE layers by experts. " + ". ".join(
+        routing_figures.heatmap_finding(counts, phase)
+    )
+    parts.chart(fig, routing_figures.heatmap_frame(counts), name="routing", alt=alt)
+    if summary.padding_rows:
+        share = words.percent(summary.padding_rows / summary.rows)
+        st.caption(f"{share} of the rows are padding; padding loads experts too, so it is counted.")
+    _skew(summary, domain)
+
+
+def _routing_controls(summary: RoutingSummary) -> tuple[str, str, routing_figures.Order]:
+    phases = [*summary.phases(), ALL]
+    places = st.columns([2, 2, 2])
+    with places[0]:
+        phase = st.segmented_control(
+            "Phase",
+            phases,
+            default="decode" if "decode" in phases else phases[0],
+            required=True,
+            key="phase",
+            bind="query-params",
+        )
+    with places[1]:
+        order = st.segmented_control(
+            "Order of experts",
+            ["number", "share"],
+            default="number",
+            required=True,
+            format_func=lambda o: {"number": "by number", "share": "busiest first"}[o],
+            key="order",
+            bind="query-params",
+        )
+    domain: str | None = ALL
+    if len(summary.domains) > 1:
+        with places[2]:
+            options = [ALL, *summary.domains]
+            domain = st.selectbox(
+                "Domain",
+                options,
+                format_func=lambda name: name or "unlabelled",
+                key="domain",
+                bind="query-params",
+            )
+    return phase or ALL, domain or ALL, "share" if order == "share" else "number"
+
+
+def _skew(summary: RoutingSummary, domain: str) -> None:
+    by_phase = {phase: summary.select(phase, domain) for phase in summary.phases()}
+    by_phase = {phase: counts for phase, counts in by_phase.items() if counts.any()}
+    frames = [
+        routing_figures.skew_frame(counts).assign(phase=phase) for phase, counts in by_phase.items()
+    ]
+    if not frames:
+        return
+    finding = routing_figures.skew_finding(by_phase)
+    parts.chart(
+        routing_figures.skew(by_phase),
+        pd.concat(frames, ignore_index=True),
+        name="skew",
+        alt="Cumulative share of choices by share of experts. " + ". ".join(finding),
+    )
+    far = routing_figures.domain_distance({d: summary.select(ALL, d) for d in summary.domains})
+    if far:
+        st.caption(
+            f"Domains differ: {words.plain(far[0] or 'unlabelled')} and "
+            f"{words.plain(far[1] or 'unlabelled')} are furthest apart, "
+            f"{far[2]:.2f} in total variation (0 is the same experts, 1 no expert in common)."
+        )
+
+
+def _capacity(tuning: Tuning) -> None:
+    st.header("What room for experts brings")
+    if not tuning.curve:
+        st.info("This tuning recorded no capacity curve.")
+        return
+    some = next((r for r in tuning.candidates if r.slots < r.total_experts), None)
+    floor = capacity_figures.floor_share(some) if some else None
+    budget = some.slots / some.total_experts if some else None
+    fig = capacity_figures.capacity(tuning.curve, floor=floor, budget=budget)
+    alt = "Hit rate over share of experts resident. " + ". ".join(
+        capacity_figures.capacity_finding(tuning.curve, budget)
+    )
+    parts.chart(fig, capacity_figures.capacity_frame(tuning.curve), name="capacity", alt=alt)
+
+
+def _candidates(subject: Subject, tuning: Tuning) -> None:
+    st.header("Policies tried")
+    lines = [f"Tuned for a budget of **{words.plain(tuning.budget)}**."]
+    lines += [words.plain(line) for line in tuning.explanation]
+    st.markdown("\n\n".join(lines))
+    if not tuning.candidates:
+        st.info("No policy fitted this budget.")
+        return
+    measured = measured_speeds(tuning.candidates, subject.verdicts, subject.results)
+    frame = candidate_figures.candidates_frame(tuning.candidates)
+    chosen = tuning.chosen
+    speed = candidate_figures.speed(
+        tuning.candidates, chosen=chosen, bounds=speed_bounds(tuning), measured=measured
+    )
+    title = ". ".join(candidate_figures.speed_finding(tuning.candidates, chosen))
+    parts.chart(speed, frame, name="candidates", alt=f"Tokens per second by policy. {title}")
+    outcomes = candidate_figures.outcomes(tuning.candidates, chosen=chosen)
+    columns = pd.Index(["policy", "hit_rate", "late_rate", "miss_rate"])
+    alt = "Hit, late and miss shares of decode demands, by policy."
+    parts.chart(outcomes, frame.reindex(columns=columns), name="outcomes", alt=alt)
+    st.dataframe(_table(frame), column_config=dict(_COLUMNS), hide_index=True, width="stretch")
+    if tuning.runner_up:
+        st.caption(f"Runner-up: {words.plain(tuning.runner_up)}")
+
+
+def _table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The candidates in the units people read."""
+    wide = frame.assign(
+        ttft_ms=frame["ttft_s"] * 1e3,
+        tpot_ms=frame["tpot_s"] * 1e3,
+        mib_per_token=frame["bytes_per_token"] / 2**20,
+        peak_mib=frame["peak_device_bytes"] / 2**20,
+    )
+    return wide.reindex(columns=list(_COLUMNS))
+
+
+def speed_bounds(tuning: Tuning) -> dict[str, float]:
+    """What nothing can beat, by name: the bound policies tried, and the chosen one's own bounds."""
+    bounds = {result.label: result.tokens_per_s for result in tuning.bounds}
+    chosen = next((r for r in tuning.candidates if r.label == tuning.chosen), None)
+    if chosen:
+        known = chosen.bounds
+        bounds["link, perfect overlap"] = known.link_tokens_per_s
+        bounds["all experts resident"] = known.all_resident_tokens_per_s
+        if not any("belady" in name.lower() for name in bounds):
+            bounds["Belady"] = known.belady_tokens_per_s
+    return {name: value for name, value in bounds.items() if value > 0}
+
+
+def _results(subject: Subject) -> None:
+    """Single results lying in the folder, made by `simulate` or `deploy`."""
+    if not subject.results:
+        return
+    st.header("Single runs")
+    found = [result.value for result in subject.results]
+    frame = candidate_figures.candidates_frame(found)
+    table = _table(frame).drop(columns=["late_rate", "miss_rate", "mib_per_token", "slots_ratio"])
+    table.insert(0, "file", [result.name for result in subject.results])
+    table.insert(1, "source", [r.source for r in found])
+    table.insert(2, "link", [f"{r.link}: {words.origin(r.link_origin)}" for r in found])
+    st.dataframe(table, column_config=dict(_COLUMNS), hide_index=True, width="stretch")
+    parts.download(frame, name="runs", text="Data of these runs (CSV)")
+
+
+def _policies(catalog: Catalog, subject: Subject) -> None:
+    """The policy files of this trace, with the command that runs the model under each."""
+    shown = list(subject.policies) or list(catalog.policies)
+    if not shown:
+        return
+    st.header("Policy files")
+    if not subject.policies:
+        st.caption("None of these says that it was tuned on this trace.")
+    for policy in shown:
+        document = to_json(policy.value)
+        with st.expander(words.plain(policy.name), expanded=len(shown) == 1):
+            rows = [{"key": key, "value": value} for key, value in flatten(document)]
+            st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+            st.download_button(
+                "Download this policy (JSON)",
+                json.dumps(document, indent=2) + "\n",
+                file_name=policy.path.name,
+                mime="application/json",
+                key=f"policy-{policy.name}",
+                on_click="ignore",
+                icon=":material/download:",
+            )
+            st.caption("Run the model under it:")
+            st.code(f"expertflow-trace deploy {parts.shell_path(policy.path)}", language="bash")
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested keys joined by dots, and their values as text."""
+    out: list[tuple[str, str]] = []
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            out += flatten(item, f"{prefix}{key}.")
+        else:
+            text = item if isinstance(item, str) else json.dumps(item)
+            out.append((f"{prefix}{key}", text if len(text) <= 200 else text[:199] + "…"))
+    return out

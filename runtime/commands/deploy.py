@@ -1,0 +1,88 @@
+"""`expertflow-trace deploy`: run a model under a policy and measure it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...tracer.console import print_json, print_rows, say
+
+
+def deploy(
+    policy: Annotated[Path, typer.Argument(help="policy.json, as written by `tune`.")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder; default: the policy's model.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, .jsonl or text; default: the shipped ones.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Use at most this many prompts.")] = 12,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    link: Annotated[
+        str | None, typer.Option(help="Emulate a link on the CPU, for example 8GB/s+10us.")
+    ] = None,
+    tier: Annotated[
+        str, typer.Option(help="Where experts wait: ram, or disk (memory-mapped).")
+    ] = "ram",
+    threads: Annotated[
+        int | None, typer.Option(help="Compute threads on the CPU; default: all cores but one.")
+    ] = None,
+    no_pin: Annotated[bool, typer.Option("--no-pin", help="Do not page-lock host memory.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not compare with the resident model's text.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Deploy a policy: offload the experts, generate, and measure what it costs.
+
+    Exits 5 if the text differs from the resident model's or the decision log does not replay.
+
+    Example: expertflow-trace deploy policy.json --link 8GB/s+10us
+    """
+    from ...simulator.policy.spec import read_policy
+    from ...simulator.report import result_rows
+    from ...tracer.errors import NotValidatedError, UsageError
+    from ...tracer.records import write_json
+    from ..deploy import RunRequest
+    from ..deploy import deploy as run
+
+    if tier not in ("ram", "disk"):
+        raise UsageError(f"Unknown tier {tier!r}; allowed: ram, disk.")
+    request = RunRequest(
+        model=model,
+        prompts=prompts,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        link=link,
+        tier=tier,
+        threads=threads,
+        pin=not no_pin,
+        check_text=not no_check,
+    )
+    result = run(read_policy(policy), request, say=say)
+    if out is not None:
+        write_json(out, result)
+    if as_json:
+        print_json(result)
+    else:
+        rows = result_rows(result)
+        rows.append(("same text", _yes(result.same_tokens)))
+        rows.append(("log replays", _yes(result.log_replays)))
+        print_rows(f"Measured: {result.label}", rows)
+    if result.same_tokens is False:
+        raise NotValidatedError("The text differs from the resident model's under a lossless policy.")
+    if result.log_replays is False:
+        raise NotValidatedError("The decision log does not replay.")
+
+
+def _yes(answer: bool | None) -> str:
+    return {True: "yes", False: "NO", None: "not checked"}[answer]

@@ -1,0 +1,105 @@
+"""`expertflow-trace verify`: check a policy's forecast on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...tracer.console import print_json, print_rows, progress, say
+
+
+def verify(
+    policy: Annotated[Path, typer.Argument(help="policy.json, as written by `tune`.")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder; default: the policy's model.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, .jsonl or text; default: the shipped ones.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Use at most this many prompts.")] = 12,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Matched pairs per configuration.")] = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    link: Annotated[
+        str | None, typer.Option(help="Emulate a link on the CPU, for example 8GB/s+10us.")
+    ] = None,
+    tier: Annotated[
+        str, typer.Option(help="Where experts wait: ram, or disk (memory-mapped).")
+    ] = "ram",
+    threads: Annotated[
+        int | None, typer.Option(help="Compute threads on the CPU; default: all cores but one.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the verdict here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Predict, run and compare: does the forecast hold, and is the text the same?
+
+    Exits 0 if validated, 5 if not.
+
+    Example: expertflow-trace verify policy.json --link 8GB/s+10us --out verdict.json
+    """
+    from ...simulator.policy.spec import read_policy
+    from ...tracer.errors import NotValidatedError, UsageError
+    from ...tracer.records import write_json
+    from ..deploy import RunRequest
+    from ..verify import VerifyRequest, count_runs
+    from ..verify import verify as run
+
+    if tier not in ("ram", "disk"):
+        raise UsageError(f"Unknown tier {tier!r}; allowed: ram, disk.")
+    chosen = read_policy(policy)
+    request = VerifyRequest(
+        run=RunRequest(
+            model=model,
+            prompts=prompts,
+            limit=limit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            device=device,
+            dtype=dtype,
+            link=link,
+            tier=tier,
+            threads=threads,
+        ),
+        repeats=repeats,
+    )
+    with progress("verifying", count_runs(chosen, repeats), "runs") as report:
+        verdict = run(chosen, request, say=say, advance=report.advance)
+    if out is not None:
+        write_json(out, verdict)
+    if as_json:
+        print_json(verdict)
+    else:
+        for verified in verdict.runs:
+            rows = [(check.quantity, check_line(check)) for check in verified.checks]
+            rows.append(("same text", "yes" if verified.same_tokens else "NO"))
+            rows.append(("log replays", "yes" if verified.log_replays else "NO"))
+            print_rows(verified.label, rows)
+        print_rows("Verdict", [("", verdict.summary), *(("warning", w) for w in verdict.warnings)])
+    if not verdict.validated:
+        raise NotValidatedError(verdict.summary)
+
+
+def check_line(check: object) -> str:
+    """One check as a line: predicted, measured, gap, tolerance, noise, cause."""
+    from ...simulator.result import Check
+    from ...tracer.quantities import format_bytes
+
+    assert isinstance(check, Check)
+    if check.unit == "B":
+        numbers = (format_bytes(check.predicted), format_bytes(check.measured))
+    elif check.unit == "share":
+        numbers = (f"{check.predicted:.2%}", f"{check.measured:.2%}")
+    else:
+        numbers = (f"{check.predicted:.1f}", f"{check.measured:.1f}")
+    kind = "points" if check.unit == "share" else "%"
+    noise = f", noise {check.noise:.1%}" if check.noise else ""
+    mark = "ok" if check.passed else f"OUT OF TOLERANCE: {check.cause}"
+    return (
+        f"predicted {numbers[0]}, measured {numbers[1]} {check.unit}, gap {100 * check.gap:+.2f} {kind} "
+        f"(tolerance {100 * check.tolerance:.0f}{noise}) {mark}"
+    )

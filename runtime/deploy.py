@@ -1,0 +1,135 @@
+"""One deployed run: the model under a policy, measured, and its text compared with the resident model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..simulator.policy.spec import PolicyFile, PolicySpec
+from ..simulator.result import Result
+from ..tracer.errors import ResourceError
+from ..tracer.generate import Generated, Prompt
+from ..tracer.load import LoadedModel, choose_device, load_model
+from ..tracer.placement import choose_residency, free_bytes, use_threads
+from ..tracer.prompts import PromptText, choose_prompts, read_prompts, tokenize
+from ..tracer.quantities import LinkSpec, format_bytes
+from .machine import Machine, generate_all
+from .session import check_shape
+
+MAX_PROMPT_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What a measured run needs beside its policy."""
+
+    model: str | None = None
+    prompts: Path | None = None
+    limit: int | None = 12
+    batch_size: int = 1
+    max_new_tokens: int = 32
+    device: str = "auto"
+    dtype: str = "auto"
+    link: str | None = None
+    tier: str = "ram"
+    threads: int | None = None
+    pin: bool = True
+    check_text: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A loaded model with its prompts, and the resident model's text if it could be had."""
+
+    loaded: LoadedModel
+    device: torch.device
+    link: LinkSpec | None
+    texts: list[PromptText]
+    prompts: list[Prompt]
+
+
+def prepare(request: RunRequest, policy: PolicyFile) -> Prepared:
+    """Load what a policy was made for and the prompts to run. Raises ResourceError, PolicyError."""
+    device = choose_device(request.device)
+    use_threads(request.threads, device)
+    link = LinkSpec.parse(request.link) if request.link else None
+    loaded = load_model(
+        request.model or policy.shape.model_id, device=device, dtype=request.dtype
+    )
+    check_shape(policy.shape, loaded.shape)
+    texts = choose_prompts(held_out(read_prompts(request.prompts), policy), request.limit)
+    prompts = tokenize(loaded.tokenizer, texts, MAX_PROMPT_TOKENS)
+    return Prepared(loaded, device, link, texts, prompts)
+
+
+def held_out(texts: Sequence[PromptText], policy: PolicyFile) -> list[PromptText]:
+    """Prompts the policy has not been tuned on; all of them if none is left."""
+    seen = set(policy.evidence.get("prompt_sha256", ()))
+    return [text for text in texts if text.sha256 not in seen] or list(texts)
+
+
+def require_room(spec: PolicySpec, prepared: Prepared) -> None:
+    """Refuse before packing what cannot fit. Raises ResourceError with the numbers."""
+    shape = prepared.loaded.shape
+    needed = shape.non_expert_bytes + spec.slots * shape.expert_bytes
+    free = free_bytes(prepared.device)
+    if needed > free:
+        raise ResourceError(
+            f"{spec.slots} slots and the other weights take {format_bytes(needed)}, "
+            f"{prepared.device} has {format_bytes(free)} free. Tune for a smaller --budget."
+        )
+
+
+def reference_text(
+    prepared: Prepared, request: RunRequest, say: Callable[[str], None]
+) -> list[Generated] | None:
+    """The resident model's own text; None, said aloud, if it does not fit the device."""
+    loaded = prepared.loaded
+    if choose_residency("auto", loaded.shape, prepared.device) == "stream":
+        say("The resident model does not fit the device; its text is not compared.")
+        return None
+    loaded.model.to(prepared.device)
+    return generate_all(
+        loaded,
+        prepared.prompts,
+        batch_size=request.batch_size,
+        max_new_tokens=request.max_new_tokens,
+    )
+
+
+def same_text(one: Sequence[Generated], other: Sequence[Generated]) -> bool:
+    """Whether every sequence has the same tokens."""
+    return [g.token_ids for g in one] == [g.token_ids for g in other]
+
+
+def deploy(policy: PolicyFile, request: RunRequest, *, say: Callable[[str], None]) -> Result:
+    """Run a policy for real and measure it."""
+    prepared = prepare(request, policy)
+    spec = policy.behaviour
+    require_room(spec, prepared)
+    say(f"{prepared.loaded.shape.model_id} on {prepared.device}: {spec.label}")
+    reference = reference_text(prepared, request, say) if request.check_text else None
+    machine = Machine(
+        prepared.loaded,
+        prepared.device,
+        link=prepared.link,
+        tier="disk" if request.tier == "disk" else "ram",
+        pin=request.pin,
+        trace_id=policy.trace,
+    )
+    try:
+        record, outputs = machine.run(
+            spec,
+            prepared.prompts,
+            batch_size=request.batch_size,
+            max_new_tokens=request.max_new_tokens,
+        )
+        is_same = same_text(outputs, reference) if reference is not None else None
+        return machine.result(
+            record, spec, batch_size=request.batch_size, same_tokens=is_same
+        )
+    finally:
+        machine.close()

@@ -1,0 +1,218 @@
+"""A model, its packed experts and its device: what stays while policies come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from ..simulator.account import RunContext, RunRecord, SequenceTimes, summarize
+from ..simulator.policy.replay import replay
+from ..simulator.policy.spec import PolicySpec
+from ..simulator.result import MemoryResult, Result
+from ..tracer.blocks import HostBlocks, Tier
+from ..tracer.generate import Generated, Prompt, greedy
+from ..tracer.load import LoadedModel
+from ..tracer.memory import PeakMeter, SilentObserver
+from ..tracer.probe import machine_name, provenance
+from ..tracer.prompts import batches
+from ..tracer.quantities import LinkSpec
+from ..tracer.types import Origin
+from .session import Session
+
+_WARM_UP_TOKENS = 3
+_PEAK_TOKENS = 3
+
+
+class Machine:
+    """One loaded model on one device, ready to run under any policy.
+
+    Making it packs the experts and empties the model's own expert weights; run what needs the resident
+    model before.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        device: torch.device,
+        *,
+        link: LinkSpec | None = None,
+        tier: Tier = "ram",
+        pin: bool = True,
+        trace_id: str = "",
+    ) -> None:
+        self.loaded = loaded
+        self.device = device
+        self.link = link
+        self.trace_id = trace_id
+        self.blocks = HostBlocks(
+            loaded.layers, tier=tier, pin=pin and device.type == "cuda" and tier == "ram"
+        )
+        loaded.model.to(device)
+
+    @property
+    def link_name(self) -> str:
+        """What carries the experts, for results."""
+        if self.link is not None:
+            return self.link.text
+        if self.device.type == "cuda":
+            return "host to device"
+        return "disk to memory" if self.blocks.tier == "disk" else "host memory to host memory"
+
+    @property
+    def link_origin(self) -> Origin:
+        """Whether the link is real."""
+        return "emulated" if self.link is not None else "measured"
+
+    @contextmanager
+    def session(self, spec: PolicySpec) -> Iterator[Session]:
+        """The model under a policy, while the context is open."""
+        session = Session(self.loaded, self.blocks, spec, self.device, link=self.link)
+        try:
+            yield session
+        finally:
+            session.close()
+
+    def run(
+        self,
+        spec: PolicySpec,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        memory: MemoryResult | None = None,
+    ) -> tuple[RunRecord, list[Generated]]:
+        """Generate under a policy and keep the raw rows. A short warm-up comes before and is dropped."""
+        self._warm_up(spec, prompts[:1])
+        measured = memory or self.peak_memory(spec, prompts, batch_size)
+        with self.session(spec) as session:
+            outputs = self._generate(session, prompts, batch_size, max_new_tokens)
+            record = RunRecord(
+                steps=session.take_steps(),
+                copies=session.copies(),
+                log=session.log,
+                sequences=_sequence_times(prompts, outputs),
+                memory=measured,
+            )
+        return record, outputs
+
+    def result(
+        self,
+        record: RunRecord,
+        spec: PolicySpec,
+        *,
+        batch_size: int,
+        same_tokens: bool | None = None,
+    ) -> Result:
+        """Add a run up and check that its log replays."""
+        context = RunContext(
+            source="measured",
+            spec=spec,
+            shape=self.loaded.shape,
+            trace_id=self.trace_id,
+            device=f"{machine_name(str(self.device))} ({self.device})",
+            link=self.link_name,
+            link_origin=self.link_origin,
+            batch_size=batch_size,
+            provenance=provenance(0, "own-generation"),
+        )
+        replayed = replay(record.log, spec, self.loaded.shape)
+        return replace(
+            summarize(record, context), same_tokens=same_tokens, log_replays=replayed.is_exact
+        )
+
+    def peak_memory(
+        self, spec: PolicySpec, prompts: Sequence[Prompt], batch_size: int
+    ) -> MemoryResult:
+        """Measure the peak on the largest batch, in passes apart from the timed ones.
+
+        Beside weights and slots, which are counted exactly, what is measured is the peak of all working
+        tensors and KV cache together; the cache's own share is its tensors' size.
+        """
+        largest = max(
+            batches(prompts, batch_size), key=lambda b: len(b) * max(len(p.token_ids) for p in b)
+        )
+        with self.session(spec) as session, PeakMeter(self.device) as meter:
+            greedy(
+                self.loaded.model,
+                largest,
+                max_new_tokens=_PEAK_TOKENS,
+                eos_ids=frozenset(),
+                pad_id=self.loaded.pad_id,
+                first_step=0,
+                observer=session,
+            )
+            peak = meter.take_peak()
+            slots = session.store.arena.num_bytes
+        context = max(len(prompt.token_ids) for prompt in largest) + _PEAK_TOKENS - 1
+        kv_bytes = self.loaded.shape.kv_bytes_per_token * len(largest) * context
+        return MemoryResult(
+            non_expert_weights=_parameter_bytes(self.loaded),
+            slots=slots,
+            kv_cache=min(kv_bytes, peak),
+            activations=max(0, peak - kv_bytes),
+        )
+
+    def _generate(
+        self,
+        session: Session,
+        prompts: Sequence[Prompt],
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> list[Generated]:
+        return generate_all(
+            self.loaded,
+            prompts,
+            observer=session,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def _warm_up(self, spec: PolicySpec, prompts: Sequence[Prompt]) -> None:
+        with self.session(spec) as session:
+            self._generate(session, prompts, 1, _WARM_UP_TOKENS)
+
+    def close(self) -> None:
+        """Give back page locks and files."""
+        self.blocks.close()
+
+
+def generate_all(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    observer: Session | SilentObserver | None = None,
+) -> list[Generated]:
+    """Generate greedily for all prompts in batches; without an observer the model runs as it is."""
+    outputs: list[Generated] = []
+    step = 0
+    for batch in batches(prompts, batch_size):
+        outputs += greedy(
+            loaded.model,
+            batch,
+            max_new_tokens=max_new_tokens,
+            eos_ids=loaded.eos_ids,
+            pad_id=loaded.pad_id,
+            first_step=step,
+            observer=observer or SilentObserver(),
+        )
+        step += max_new_tokens
+    return outputs
+
+
+def _sequence_times(
+    prompts: Sequence[Prompt], outputs: Sequence[Generated]
+) -> list[SequenceTimes]:
+    lengths = {prompt.sequence: len(prompt.token_ids) for prompt in prompts}
+    return [
+        SequenceTimes(one.sequence, lengths[one.sequence], tuple(one.token_s)) for one in outputs
+    ]
+
+
+def _parameter_bytes(loaded: LoadedModel) -> int:
+    tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

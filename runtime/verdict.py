@@ -1,0 +1,113 @@
+"""Judges pairs of predicted and measured results: gaps, tolerances, causes (DESIGN §9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..simulator.result import Check, Result, VerifiedRun
+
+THROUGHPUT = 0.10
+BYTES = 0.02
+MEMORY = 0.02
+HIT_RATE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prediction and the measurement made after it."""
+
+    predicted: Result
+    measured: Result
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantity:
+    """What is compared, how far it may be off, and whether the gap is relative."""
+
+    name: str
+    unit: str
+    of: Callable[[Result], float]
+    tolerance: float
+    is_relative: bool = True
+
+
+QUANTITIES = (
+    _Quantity("tokens_per_s", "tokens/s", lambda r: r.tokens_per_s, THROUGHPUT),
+    _Quantity("prefill_tokens_per_s", "tokens/s", lambda r: r.prefill.tokens_per_s, THROUGHPUT),
+    _Quantity("decode_tokens_per_s", "tokens/s", lambda r: r.decode.tokens_per_s, THROUGHPUT),
+    _Quantity("hit_rate", "share", lambda r: r.hit_rate, HIT_RATE, is_relative=False),
+    _Quantity("bytes_per_token", "B", lambda r: r.bytes_per_token, BYTES),
+    _Quantity("peak_device_bytes", "B", lambda r: float(r.peak_device_bytes), MEMORY),
+)
+
+
+def judge(
+    label: str, pairs: Sequence[Pair], same_tokens: bool, throughput_noise: float
+) -> VerifiedRun:
+    """Compare one configuration's pairs; each gap is the median over the pairs."""
+    causes = time_causes(pairs)
+    checks = tuple(_check(quantity, pairs, causes, throughput_noise) for quantity in QUANTITIES)
+    return VerifiedRun(
+        label=label,
+        predicted=pairs[-1].predicted,
+        measured=tuple(pair.measured for pair in pairs),
+        checks=checks,
+        same_tokens=same_tokens,
+        log_replays=all(pair.measured.log_replays for pair in pairs),
+        causes=causes,
+    )
+
+
+def _check(
+    quantity: _Quantity, pairs: Sequence[Pair], causes: dict[str, float], throughput_noise: float
+) -> Check:
+    predicted = [quantity.of(pair.predicted) for pair in pairs]
+    measured = [quantity.of(pair.measured) for pair in pairs]
+    gaps = [_gap(p, m, quantity.is_relative) for p, m in zip(predicted, measured, strict=True)]
+    gap = float(np.median(gaps))
+    is_timed = quantity.unit == "tokens/s"
+    passed = abs(gap) <= quantity.tolerance
+    return Check(
+        quantity=quantity.name,
+        unit=quantity.unit,
+        predicted=float(np.median(predicted)),
+        measured=float(np.median(measured)),
+        gap=gap,
+        tolerance=quantity.tolerance,
+        noise=throughput_noise if is_timed else 0.0,
+        passed=passed,
+        cause="" if passed else _cause(is_timed, causes),
+    )
+
+
+def _gap(predicted: float, measured: float, is_relative: bool) -> float:
+    if not is_relative:
+        return predicted - measured
+    if measured == 0:
+        return 0.0 if predicted == 0 else 1.0
+    return predicted / measured - 1.0
+
+
+def time_causes(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Where predicted and measured time differ: (predicted − measured) of each part over the total."""
+    parts = ("mixer_s", "experts_s", "stall_s", "decision_s", "readback_s", "lookahead_s", "other_s")
+    causes: dict[str, float] = {}
+    for part in parts:
+        shares = [
+            (getattr(pair.predicted.time, part) - getattr(pair.measured.time, part))
+            / pair.measured.time.total_s
+            for pair in pairs
+        ]
+        causes[part] = float(np.median(shares))
+    return causes
+
+
+def _cause(is_timed: bool, causes: dict[str, float]) -> str:
+    if not is_timed:
+        return "see the configuration's decision log"
+    part = max(causes, key=lambda name: abs(causes[name]))
+    word = "over" if causes[part] > 0 else "under"
+    return f"{part.removesuffix('_s')} time {word}estimated by {abs(causes[part]):.1%} of the run"

@@ -1,0 +1,372 @@
+"""Predicts, runs, compares: does the forecast hold on this machine?
+
+Per repeat: a calibration on other prompts and sizes, then for every judged configuration the prediction and,
+after it, the measurement, with the base configuration measured twice as the control for noise. What is
+judged is the median over repeats of the pairs (docs/validation.md).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..simulator.account import RunRecord
+from ..simulator.costs import CostModel
+from ..simulator.forecast import Forecaster
+from ..simulator.policy.spec import PolicyFile, PolicySpec, make_spec
+from ..simulator.result import MemoryResult, Result, Verdict, VerifiedRun
+from ..simulator.workload import Workload, workload_of
+from ..tracer.blocks import Tier
+from ..tracer.copies import CHUNK_BYTES
+from ..tracer.errors import ResourceError, UsageError
+from ..tracer.generate import Generated, Prompt
+from ..tracer.link import measure_link
+from ..tracer.memory import measure_memory, spread_by_size
+from ..tracer.placement import choose_residency, hardware_profile
+from ..tracer.probe import machine_name, provenance
+from ..tracer.prompts import batches
+from ..tracer.record import Recorder, Recording, ResidentExperts, record_run
+from ..tracer.store import Trace
+from ..tracer.types import MemoryPoint, RunSettings
+from ..tracer.writer import TraceWriter
+from .calibrate import calibrate, calibration_specs, prefetch_spec
+from .deploy import Prepared, RunRequest, prepare, same_text
+from .machine import Machine
+from .verdict import Pair, judge
+
+SHARES = (0.25, 0.75)
+_MEMORY_SIZES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyRequest:
+    """What `verify` was asked for beside the run itself."""
+
+    run: RunRequest
+    repeats: int = 3
+
+
+@dataclass(slots=True)
+class _Reference:
+    """What the resident model gave: the text, its routing, and its peaks of working tensors."""
+
+    outputs: list[Generated]
+    workload: Workload
+    memory: tuple[MemoryPoint, ...]
+    trace_id: str
+
+
+@dataclass(slots=True)
+class _Measured:
+    """All repeats of one configuration."""
+
+    spec: PolicySpec
+    pairs: list[Pair] = field(default_factory=list)
+    same_tokens: bool = True
+    memory: MemoryResult | None = None
+
+
+def verify(
+    policy: PolicyFile,
+    request: VerifyRequest,
+    *,
+    say: Callable[[str], None],
+    advance: Callable[[int], None],
+) -> Verdict:
+    """Judge a policy's forecast, with its neighbours in size and kind. See the module docstring.
+
+    Raises ResourceError if the resident model does not fit: its text is what all others must equal.
+    """
+    if request.repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, got {request.repeats}.")
+    prepared = prepare(request.run, policy)
+    _require_resident(prepared)
+    judged, calibration = _divide(prepared.prompts)
+    say(f"{prepared.loaded.shape.model_id} on {prepared.device}: the resident model's text and routing")
+    reference = _reference(prepared, judged, request.run)
+    learned = _reference(prepared, calibration, request.run)
+    tier: Tier = "disk" if request.run.tier == "disk" else "ram"
+    machine = Machine(
+        prepared.loaded,
+        prepared.device,
+        link=prepared.link,
+        tier=tier,
+        pin=request.run.pin,
+        trace_id=reference.trace_id,
+    )
+    try:
+        runs = [_Measured(spec) for spec in configurations(policy.behaviour, learned.workload)]
+        trial = _Trial(machine, request, judged, calibration, reference, learned)
+        noise: list[tuple[Result, Result]] = []
+        for repeat in range(request.repeats):
+            say(f"repeat {repeat + 1} of {request.repeats}: calibrate, predict, measure")
+            noise.append(trial.repeat(runs, advance))
+    finally:
+        machine.close()
+    return _verdict(runs, noise, prepared)
+
+
+def configurations(spec: PolicySpec, workload: Workload) -> list[PolicySpec]:
+    """The policy itself, the on-demand baseline (second) and its neighbours in size and kind."""
+    total = workload.num_layers * workload.num_experts
+    popularity = workload.popularity()
+
+    def kind(cache: str, slots: int, predictor: str = "none") -> PolicySpec:
+        return make_spec(
+            slots=max(1, slots), cache=cache, predictor=predictor, popularity=popularity
+        )
+
+    wanted = [
+        spec,
+        kind("none", spec.slots),
+        kind("lru", spec.slots),
+        *(spec.with_slots(max(1, round(share * total))) for share in SHARES),
+        *(kind("lru", round(share * total)) for share in SHARES),
+        kind("lru", spec.slots, "gate_lookahead"),
+        kind("lfu", round(0.375 * total)),
+    ]
+    unique: dict[str, PolicySpec] = {}
+    for one in wanted:
+        unique.setdefault(one.behaviour_hash(), one)
+    return list(unique.values())
+
+
+def count_runs(policy: PolicyFile, repeats: int) -> int:
+    """Upper bound of measured runs, for the progress bar."""
+    return repeats * (4 + 9 + 1)
+
+
+class _Trial:
+    """The measuring side of `verify`."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        request: VerifyRequest,
+        judged: Sequence[Prompt],
+        calibration: Sequence[Prompt],
+        reference: _Reference,
+        learned: _Reference,
+    ) -> None:
+        self._machine = machine
+        self._run = request.run
+        self._judged = judged
+        self._calibration = calibration
+        self._reference = reference
+        self._learned = learned
+
+    def repeat(
+        self, runs: Sequence[_Measured], advance: Callable[[int], None]
+    ) -> tuple[Result, Result]:
+        """One round of pairs. Returns the base configuration's two measurements, for the noise."""
+        costs = self._calibrate(advance)
+        forecaster = self._forecaster(costs)
+        predicted = [forecaster.predict(run.spec) for run in runs]
+        base: list[Result] = []
+        for run, forecast in zip(runs, predicted, strict=True):
+            measured = self._measure(run)
+            run.pairs.append(Pair(forecast, measured))
+            advance(1)
+            if run is runs[1]:
+                base.append(measured)
+        base.append(self._measure(runs[1]))
+        advance(1)
+        return base[0], base[1]
+
+    def _calibrate(self, advance: Callable[[int], None]) -> CostModel:
+        shape = self._machine.loaded.shape
+        specs = calibration_specs(shape, self._learned.workload.popularity())
+        if all(layer.gate is not None for layer in self._machine.loaded.layers):
+            specs.append(prefetch_spec(shape))
+        records: list[RunRecord] = []
+        for spec in specs:
+            nothing = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
+            record, _ = self._machine.run(
+                spec,
+                self._calibration,
+                batch_size=self._run.batch_size,
+                max_new_tokens=self._run.max_new_tokens,
+                memory=nothing,
+            )
+            records.append(record)
+            advance(1)
+        return calibrate(
+            records,
+            shape=shape,
+            link_name=self._machine.link_name,
+            memory=self._learned.memory,
+            chunk_bytes=CHUNK_BYTES,
+        )
+
+    def _forecaster(self, costs: CostModel) -> Forecaster:
+        machine = self._machine
+        return Forecaster(
+            workload=self._reference.workload,
+            costs=costs,
+            shape=machine.loaded.shape,
+            trace_id=self._reference.trace_id,
+            device=f"{machine_name(str(machine.device))} ({machine.device})",
+            link=machine.link_name,
+            link_origin=machine.link_origin,
+            submit_s=0.0,
+            decision_is_measured=True,
+            provenance=provenance(0, "own-generation"),
+        )
+
+    def _measure(self, run: _Measured) -> Result:
+        if run.memory is None:
+            run.memory = self._machine.peak_memory(run.spec, self._judged, self._run.batch_size)
+        record, outputs = self._machine.run(
+            run.spec,
+            self._judged,
+            batch_size=self._run.batch_size,
+            max_new_tokens=self._run.max_new_tokens,
+            memory=run.memory,
+        )
+        is_same = same_text(outputs, self._reference.outputs)
+        run.same_tokens = run.same_tokens and is_same
+        return self._machine.result(
+            record, run.spec, batch_size=self._run.batch_size, same_tokens=is_same
+        )
+
+
+def _reference(prepared: Prepared, prompts: Sequence[Prompt], run: RunRequest) -> _Reference:
+    """Trace the resident model in place: its text is the standard, its routing the workload."""
+    loaded, device = prepared.loaded, prepared.device
+    loaded.model.to(device)
+    numbered = [Prompt(number, prompt.token_ids) for number, prompt in enumerate(prompts)]
+    texts = [prepared.texts[prompt.sequence] for prompt in prompts]
+    recording = Recording(lookahead=1, weights=False)
+    with tempfile.TemporaryDirectory(prefix="expertflow-verify-") as folder:
+        out = Path(folder) / "trace"
+        recorder = Recorder(loaded, None, device, recording)
+        link = measure_link(
+            device, recorder.timer.now, block_bytes=loaded.shape.expert_bytes, repeats=3
+        )
+        with TraceWriter(
+            out,
+            shape=loaded.shape,
+            hardware=hardware_profile(device, link, 1, machine_name(str(device))),
+            run=RunSettings(
+                batch_size=run.batch_size,
+                max_new_tokens=run.max_new_tokens,
+                residency="resident",
+                experts_implementation=loaded.implementation,
+                lookahead=recording.lookahead,
+            ),
+            provenance=provenance(0, "own-generation"),
+            recorded=("routing", "steps", "token_ids", "lookahead_1"),
+        ) as writer:
+            recorder = Recorder(loaded, writer, device, recording)
+            outputs = record_run(
+                recorder,
+                numbered,
+                texts,
+                writer,
+                batch_size=run.batch_size,
+                max_new_tokens=run.max_new_tokens,
+                make=lambda layer: ResidentExperts(recorder, layer),
+                advance=lambda tokens: None,
+            )
+            recorder.write()
+            sizes = spread_by_size(list(batches(numbered, run.batch_size)), _MEMORY_SIZES)
+            memory = tuple(measure_memory(loaded, sizes, device))
+            manifest = writer.close(memory=memory)
+        workload = workload_of(Trace.open(out))
+    return _Reference(outputs, workload, memory, manifest.trace_id)
+
+
+def _divide(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Judge on two thirds of the prompts, calibrate on the rest, spread over the file."""
+    if len(prompts) < 2:
+        raise UsageError("verify needs at least 2 prompts: some to calibrate on, some to judge.")
+    calibration = [prompt for place, prompt in enumerate(prompts) if place % 3 == 2]
+    calibration = calibration or [prompts[-1]]
+    judged = [prompt for prompt in prompts if prompt not in calibration]
+    return (
+        [Prompt(number, prompt.token_ids) for number, prompt in enumerate(judged)],
+        [Prompt(number, prompt.token_ids) for number, prompt in enumerate(calibration)],
+    )
+
+
+def _require_resident(prepared: Prepared) -> None:
+    if choose_residency("auto", prepared.loaded.shape, prepared.device) == "stream":
+        raise ResourceError(
+            "verify compares with the resident model's text, and this model does not fit the device. "
+            "Use `deploy`, or a device with more memory."
+        )
+
+
+def _verdict(
+    runs: Sequence[_Measured], noise: Sequence[tuple[Result, Result]], prepared: Prepared
+) -> Verdict:
+    spread = [
+        abs(one.tokens_per_s - two.tokens_per_s) / ((one.tokens_per_s + two.tokens_per_s) / 2)
+        for one, two in noise
+    ]
+    verified = [
+        judge(run.spec.label, run.pairs, run.same_tokens, float(np.median(spread))) for run in runs
+    ]
+    return summarise(verified, float(np.median(spread)), prepared)
+
+
+def summarise(
+    runs: Sequence[VerifiedRun], noise: float, prepared: Prepared
+) -> Verdict:
+    """The verdict over all configurations, in words."""
+    checks = [check for run in runs for check in run.checks]
+    failed = [f"{run.label}: {c.quantity}" for run in runs for c in run.checks if not c.passed]
+    gaps = [abs(c.gap) for c in checks if c.quantity == "tokens_per_s"]
+    is_ordered = order_is_preserved(runs, noise)
+    is_same = all(run.same_tokens for run in runs)
+    replays = all(run.log_replays for run in runs)
+    validated = not failed and is_ordered and is_same and replays
+    facts = (
+        f"{len(runs)} configurations: throughput off by {np.median(gaps):.1%} in the median and "
+        f"{max(gaps):.1%} at worst; two runs of the same configuration differ by {noise:.1%}."
+    )
+    problems = [
+        *([] if is_same else ["the text differs from the resident model's"]),
+        *([] if replays else ["a decision log does not replay"]),
+        *([] if is_ordered else ["the order of the policies is not preserved"]),
+        *([f"out of tolerance: {'; '.join(failed)}"] if failed else []),
+    ]
+    words = "Validated. " if validated else f"NOT validated: {', and '.join(problems)}. "
+    return Verdict(
+        validated=validated,
+        summary=words + facts,
+        runs=tuple(runs),
+        noise={"tokens_per_s": noise},
+        order_preserved=is_ordered,
+        provenance=provenance(0, "own-generation"),
+        warnings=()
+        if prepared.link is None
+        else (f"The link is emulated ({prepared.link.text}); these are not times of a real bus.",),
+    )
+
+
+def order_is_preserved(runs: Sequence[VerifiedRun], noise: float) -> bool:
+    """Whether every pair that measurement can tell apart is predicted in the same order.
+
+    Pairs closer than twice the noise (at least 2 %) count as ties.
+    """
+    tie = max(0.02, 2 * noise)
+    speeds = [
+        (
+            next(c.predicted for c in run.checks if c.quantity == "tokens_per_s"),
+            next(c.measured for c in run.checks if c.quantity == "tokens_per_s"),
+        )
+        for run in runs
+    ]
+    for place, (predicted, measured) in enumerate(speeds):
+        for other_predicted, other_measured in speeds[place + 1 :]:
+            apart = measured / other_measured - 1
+            if abs(apart) > tie and apart * (predicted / other_predicted - 1) < 0:
+                return False
+    return True
+
+
