@@ -1,8 +1,8 @@
 """Runs a model with its experts offloaded under a policy, and checks the forecast.
 
-    from expertflow.runtime import offload
-    model = offload("org/model", "policy.json")
-    model.generate(...)
+from expertflow.runtime import offload
+model = offload("org/model", "policy.json")
+model.generate(...)
 """
 
 from __future__ import annotations

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..simulator.account import RunRecord
+from ..simulator.account import RunRecord, largest_waves
 from ..simulator.costs import CostModel, fit_costs
 from ..simulator.policy.log import Entry
 from ..simulator.policy.spec import PolicySpec, make_spec
+from ..tracer.generate import Prompt
+from ..tracer.memory import measure_memory
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import LinkCurve, LinkProfile, MemoryPoint, ModelShape
+from .machine import Machine
 
 Places = Counter[tuple[int, int]]
 
@@ -40,6 +44,26 @@ def prefetch_spec(shape: ModelShape) -> PolicySpec:
     return make_spec(
         slots=max(1, round(0.56 * shape.total_experts)), cache="lru", predictor="gate_lookahead"
     )
+
+
+def memory_points(
+    machine: Machine, specs: Sequence[PolicySpec], prompts: Sequence[Sequence[Prompt]]
+) -> tuple[MemoryPoint, ...]:
+    """Peaks of working tensors in the runtime's own passes, in one wave and in several."""
+    points: list[MemoryPoint] = []
+    for spec in specs:
+        for batch in prompts:
+            with machine.session(spec) as session:
+                first = machine.fill_cache(session, prompts[0][:1])
+                found = measure_memory(
+                    machine.loaded, [batch], machine.device, observer=session, first_step=first
+                )
+                shares = largest_waves(session.log)
+            points += [
+                replace(point, largest_wave=shares.get(step, 1.0))
+                for step, point in enumerate(found, start=first)
+            ]
+    return tuple(points)
 
 
 def calibrate(
@@ -68,9 +92,7 @@ def calibrate(
     profile = LinkProfile(
         name=link_name, origin="measured", curves=curves, wake_s=wake_s, chunk_bytes=chunk_bytes
     )
-    return fit_costs(
-        steps, demand, prefetch, link=profile, shape=shape, pinned=True, memory=memory
-    )
+    return fit_costs(steps, demand, prefetch, link=profile, shape=shape, pinned=True, memory=memory)
 
 
 def _joined(records: Sequence[RunRecord]) -> tuple[dict[str, list[Any]], Places, Places]:
@@ -111,9 +133,7 @@ def _link_seconds(
     """Seconds per copy and per wait, from the stalls of decode events that had the link to themselves."""
     loads: list[int] = []
     stalls: list[float] = []
-    rows = zip(
-        steps["step"], steps["layer"], steps["waves"], steps["stall_s"], strict=True
-    )
+    rows = zip(steps["step"], steps["layer"], steps["waves"], steps["stall_s"], strict=True)
     for step, layer, waves, stall in rows:
         place = (step, layer)
         is_alone = not prefetch[place] and not prefetch[(step, layer - 1)]
@@ -130,5 +150,3 @@ def _link_seconds(
     if slope <= 0 or base < 0:
         return float(y.sum() / x.sum()), 0.0
     return float(slope), float(base)
-
-

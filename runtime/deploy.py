@@ -56,9 +56,7 @@ def prepare(request: RunRequest, policy: PolicyFile) -> Prepared:
     device = choose_device(request.device)
     use_threads(request.threads, device)
     link = LinkSpec.parse(request.link) if request.link else None
-    loaded = load_model(
-        request.model or policy.shape.model_id, device=device, dtype=request.dtype
-    )
+    loaded = load_model(request.model or policy.shape.model_id, device=device, dtype=request.dtype)
     check_shape(policy.shape, loaded.shape)
     texts = choose_prompts(held_out(read_prompts(request.prompts), policy), request.limit)
     prompts = tokenize(loaded.tokenizer, texts, MAX_PROMPT_TOKENS)
@@ -128,8 +126,6 @@ def deploy(policy: PolicyFile, request: RunRequest, *, say: Callable[[str], None
             max_new_tokens=request.max_new_tokens,
         )
         is_same = same_text(outputs, reference) if reference is not None else None
-        return machine.result(
-            record, spec, batch_size=request.batch_size, same_tokens=is_same
-        )
+        return machine.result(record, spec, batch_size=request.batch_size, same_tokens=is_same)
     finally:
         machine.close()

@@ -15,7 +15,7 @@ from ..simulator.result import MemoryResult, Result
 from ..tracer.blocks import HostBlocks, Tier
 from ..tracer.generate import Generated, Prompt, greedy
 from ..tracer.load import LoadedModel
-from ..tracer.memory import PeakMeter, SilentObserver
+from ..tracer.memory import SilentObserver, peaks
 from ..tracer.probe import machine_name, provenance
 from ..tracer.prompts import batches
 from ..tracer.quantities import LinkSpec
@@ -23,7 +23,6 @@ from ..tracer.types import Origin
 from .session import Session
 
 _WARM_UP_TOKENS = 3
-_PEAK_TOKENS = 3
 
 
 class Machine:
@@ -134,20 +133,12 @@ class Machine:
         largest = max(
             batches(prompts, batch_size), key=lambda b: len(b) * max(len(p.token_ids) for p in b)
         )
-        with self.session(spec) as session, PeakMeter(self.device) as meter:
-            greedy(
-                self.loaded.model,
-                largest,
-                max_new_tokens=_PEAK_TOKENS,
-                eos_ids=frozenset(),
-                pad_id=self.loaded.pad_id,
-                first_step=0,
-                observer=session,
-            )
-            peak = meter.take_peak()
+        with self.session(spec) as session:
+            first = self.fill_cache(session, prompts[:1])
+            found = peaks(self.loaded, largest, self.device, observer=session, first_step=first)
             slots = session.store.arena.num_bytes
-        context = max(len(prompt.token_ids) for prompt in largest) + _PEAK_TOKENS - 1
-        kv_bytes = self.loaded.shape.kv_bytes_per_token * len(largest) * context
+        info, peak = max(found, key=lambda item: item[1])
+        kv_bytes = self.loaded.shape.kv_bytes_per_token * info.batch * info.context
         return MemoryResult(
             non_expert_weights=_parameter_bytes(self.loaded),
             slots=slots,
@@ -170,9 +161,14 @@ class Machine:
             max_new_tokens=max_new_tokens,
         )
 
+    def fill_cache(self, session: Session, prompts: Sequence[Prompt]) -> int:
+        """Run a few passes so that a session's slots hold what a run's would; returns the next step."""
+        self._generate(session, prompts, 1, _WARM_UP_TOKENS)
+        return _WARM_UP_TOKENS
+
     def _warm_up(self, spec: PolicySpec, prompts: Sequence[Prompt]) -> None:
         with self.session(spec) as session:
-            self._generate(session, prompts, 1, _WARM_UP_TOKENS)
+            self.fill_cache(session, prompts)
 
     def close(self) -> None:
         """Give back page locks and files."""
@@ -204,9 +200,7 @@ def generate_all(
     return outputs
 
 
-def _sequence_times(
-    prompts: Sequence[Prompt], outputs: Sequence[Generated]
-) -> list[SequenceTimes]:
+def _sequence_times(prompts: Sequence[Prompt], outputs: Sequence[Generated]) -> list[SequenceTimes]:
     lengths = {prompt.sequence: len(prompt.token_ids) for prompt in prompts}
     return [
         SequenceTimes(one.sequence, lengths[one.sequence], tuple(one.token_s)) for one in outputs

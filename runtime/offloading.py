@@ -1,8 +1,8 @@
 """Three lines that give back a normal transformers model with its experts offloaded.
 
-    from expertflow.runtime import offload
-    model = offload("org/model", "policy.json")
-    model.generate(**inputs)
+from expertflow.runtime import offload
+model = offload("org/model", "policy.json")
+model.generate(**inputs)
 """
 
 from __future__ import annotations

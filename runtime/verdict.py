@@ -93,7 +93,15 @@ def _gap(predicted: float, measured: float, is_relative: bool) -> float:
 
 def time_causes(pairs: Sequence[Pair]) -> dict[str, float]:
     """Where predicted and measured time differ: (predicted − measured) of each part over the total."""
-    parts = ("mixer_s", "experts_s", "stall_s", "decision_s", "readback_s", "lookahead_s", "other_s")
+    parts = (
+        "mixer_s",
+        "experts_s",
+        "stall_s",
+        "decision_s",
+        "readback_s",
+        "lookahead_s",
+        "other_s",
+    )
     causes: dict[str, float] = {}
     for part in parts:
         shares = [

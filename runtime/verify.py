@@ -25,15 +25,15 @@ from ..tracer.copies import CHUNK_BYTES
 from ..tracer.errors import ResourceError, UsageError
 from ..tracer.generate import Generated, Prompt
 from ..tracer.link import measure_link
-from ..tracer.memory import measure_memory, spread_by_size
+from ..tracer.memory import spread_by_size
 from ..tracer.placement import choose_residency, hardware_profile
 from ..tracer.probe import machine_name, provenance
 from ..tracer.prompts import batches
 from ..tracer.record import Recorder, Recording, ResidentExperts, record_run
 from ..tracer.store import Trace
-from ..tracer.types import MemoryPoint, RunSettings
+from ..tracer.types import RunSettings
 from ..tracer.writer import TraceWriter
-from .calibrate import calibrate, calibration_specs, prefetch_spec
+from .calibrate import calibrate, calibration_specs, memory_points, prefetch_spec
 from .deploy import Prepared, RunRequest, prepare, same_text
 from .machine import Machine
 from .verdict import Pair, judge
@@ -52,11 +52,10 @@ class VerifyRequest:
 
 @dataclass(slots=True)
 class _Reference:
-    """What the resident model gave: the text, its routing, and its peaks of working tensors."""
+    """What the resident model gave: the text and its routing."""
 
     outputs: list[Generated]
     workload: Workload
-    memory: tuple[MemoryPoint, ...]
     trace_id: str
 
 
@@ -86,7 +85,9 @@ def verify(
     prepared = prepare(request.run, policy)
     _require_resident(prepared)
     judged, calibration = _divide(prepared.prompts)
-    say(f"{prepared.loaded.shape.model_id} on {prepared.device}: the resident model's text and routing")
+    say(
+        f"{prepared.loaded.shape.model_id} on {prepared.device}: the resident model's text and routing"
+    )
     reference = _reference(prepared, judged, request.run)
     learned = _reference(prepared, calibration, request.run)
     tier: Tier = "disk" if request.run.tier == "disk" else "ram"
@@ -157,7 +158,9 @@ class _Trial:
         self._judged = judged
         self._calibration = calibration
         self._reference = reference
-        self._learned = learned
+        self._specs = calibration_specs(machine.loaded.shape, learned.workload.popularity())
+        sizes = spread_by_size(list(batches(calibration, request.run.batch_size)), _MEMORY_SIZES)
+        self._memory = memory_points(machine, self._specs, sizes)
 
     def repeat(
         self, runs: Sequence[_Measured], advance: Callable[[int], None]
@@ -179,7 +182,7 @@ class _Trial:
 
     def _calibrate(self, advance: Callable[[int], None]) -> CostModel:
         shape = self._machine.loaded.shape
-        specs = calibration_specs(shape, self._learned.workload.popularity())
+        specs = list(self._specs)
         if all(layer.gate is not None for layer in self._machine.loaded.layers):
             specs.append(prefetch_spec(shape))
         records: list[RunRecord] = []
@@ -198,7 +201,7 @@ class _Trial:
             records,
             shape=shape,
             link_name=self._machine.link_name,
-            memory=self._learned.memory,
+            memory=self._memory,
             chunk_bytes=CHUNK_BYTES,
         )
 
@@ -273,11 +276,9 @@ def _reference(prepared: Prepared, prompts: Sequence[Prompt], run: RunRequest) -
                 advance=lambda tokens: None,
             )
             recorder.write()
-            sizes = spread_by_size(list(batches(numbered, run.batch_size)), _MEMORY_SIZES)
-            memory = tuple(measure_memory(loaded, sizes, device))
-            manifest = writer.close(memory=memory)
+            manifest = writer.close()
         workload = workload_of(Trace.open(out))
-    return _Reference(outputs, workload, memory, manifest.trace_id)
+    return _Reference(outputs, workload, manifest.trace_id)
 
 
 def _divide(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
@@ -314,9 +315,7 @@ def _verdict(
     return summarise(verified, float(np.median(spread)), prepared)
 
 
-def summarise(
-    runs: Sequence[VerifiedRun], noise: float, prepared: Prepared
-) -> Verdict:
+def summarise(runs: Sequence[VerifiedRun], noise: float, prepared: Prepared) -> Verdict:
     """The verdict over all configurations, in words."""
     checks = [check for run in runs for check in run.checks]
     failed = [f"{run.label}: {c.quantity}" for run in runs for c in run.checks if not c.passed]
@@ -368,5 +367,3 @@ def order_is_preserved(runs: Sequence[VerifiedRun], noise: float) -> bool:
             if abs(apart) > tie and apart * (predicted / other_predicted - 1) < 0:
                 return False
     return True
-
-

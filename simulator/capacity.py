@@ -32,9 +32,7 @@ def capacity_curve(
     for name in names:
         for share in shares:
             slots = max(1, round(share * shape.total_experts))
-            spec = make_spec(
-                slots=slots, cache=name, allocation=allocation, popularity=popularity
-            )
+            spec = make_spec(slots=slots, cache=name, allocation=allocation, popularity=popularity)
             points.append(
                 CapacityPoint(
                     cache=name,

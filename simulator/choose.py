@@ -144,7 +144,9 @@ def explain(
         f"{format_bytes(best.memory.slots)}."
     )
     if forecaster.link_origin != "measured":
-        lines.append(f"The link is {forecaster.link_origin} ({forecaster.link}), not a measured bus.")
+        lines.append(
+            f"The link is {forecaster.link_origin} ({forecaster.link}), not a measured bus."
+        )
     return tuple(lines)
 
 

@@ -8,7 +8,7 @@ on the physical scale. Nothing is a constant of ours; what was not measured is z
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Linear:
     """Median relative error over the rows it was fitted to."""
 
     def __call__(self, *features: float) -> float:
+        """Seconds for these features."""
         return float(sum(w * x for w, x in zip(self.weights, features, strict=True)))
 
 
@@ -49,8 +50,9 @@ class PhaseCosts:
 class CostModel:
     """The machine of a replay.
 
-    `copy_s` and `wake_s` describe the link as the engine sees it: seconds per copy of one expert, and per
-    wait. `memory` are measured peaks of working tensors.
+    `copy_s` and `wake_s` describe the link as the engine sees it: seconds per copy of one expert, and
+    per wait. `memory` are measured peaks of working tensors; `gathered_bytes_per_token` is the size of
+    the tensor in which waves gather their rows.
     """
 
     prefill: PhaseCosts
@@ -60,8 +62,8 @@ class CostModel:
     busy_copy_s: float
     wake_s: float
     chunk_bytes: int
+    gathered_bytes_per_token: int = 0
     memory: tuple[MemoryPoint, ...] = ()
-    notes: tuple[str, ...] = field(default=())
 
     def phase(self, phase: Phase) -> PhaseCosts:
         """The costs of a phase."""
@@ -87,15 +89,24 @@ class CostModel:
         """Computing predictions and asking for `loads` prefetches."""
         return self.phase(phase).lookahead(1, tokens, loads)
 
-    def activation_bytes(self, phase: Phase, batch: int, tokens: int, context: int) -> int:
-        """Peak working tensors of one pass, from the measured points."""
-        points = [p for p in self.memory if p.phase == phase]
+    def activation_bytes(
+        self, phase: Phase, batch: int, tokens: int, context: int, largest_wave: float
+    ) -> float:
+        """Peak working tensors of one pass, from the measured points of its kind (in waves or not)."""
+        in_waves = largest_wave < 1
+        points = [p for p in self.memory if p.phase == phase and (p.largest_wave < 1) == in_waves]
+        if not points and in_waves:
+            # Not measured: the pass as a whole, and the tensor that gathers the waves.
+            return self.activation_bytes(phase, batch, tokens, context, 1.0) + (
+                tokens * self.gathered_bytes_per_token
+            )
         if not points:
-            return 0
-        sizes = np.asarray([[1.0, p.tokens, p.batch * p.context] for p in points])
+            return 0.0
+        sizes = [[1.0, p.tokens, p.batch * p.context, p.tokens * p.largest_wave] for p in points]
         values = np.asarray([p.activation_bytes for p in points], dtype=np.float64)
-        fitted = _non_negative(sizes, values)
-        return int(fitted @ np.asarray([1.0, tokens, batch * context]))
+        fitted = _non_negative(np.asarray(sizes), values)
+        asked = np.asarray([1.0, tokens, batch * context, tokens * largest_wave])
+        return float(fitted @ asked)
 
     def with_link(self, link: LinkSpec) -> CostModel:
         """The same machine behind a declared link."""
@@ -104,6 +115,7 @@ class CostModel:
 
     def with_policy_costs(self, decision_s: float, submit_s: float) -> CostModel:
         """Charge a policy's measured time where the rows were recorded without one."""
+
         def charged(costs: PhaseCosts) -> PhaseCosts:
             if any(costs.decision.weights):
                 return costs
@@ -137,8 +149,13 @@ def fit_costs(
         busy_copy_s=link.curve(pinned=pinned, busy=True).copy_s(size),
         wake_s=link.wake_s,
         chunk_bytes=link.chunk_bytes,
+        gathered_bytes_per_token=shape.top_k * shape.hidden_size * _dtype_bytes(shape.dtype),
         memory=memory,
     )
+
+
+def _dtype_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 class _Rows:
@@ -175,9 +192,7 @@ class _Rows:
         steps = self.columns["step"][whole].astype(int)
         inside = np.zeros(int(self.columns["step"].max()) + 1)
         layers = self.layers(phase)
-        np.add.at(
-            inside, self.columns["step"][layers].astype(int), self.columns["total_s"][layers]
-        )
+        np.add.at(inside, self.columns["step"][layers].astype(int), self.columns["total_s"][layers])
         return np.maximum(0.0, self.columns["total_s"][whole] - inside[steps])
 
 

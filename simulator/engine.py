@@ -8,7 +8,7 @@ Two processes share the decision core's commands: compute (walks the workload la
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import simpy
 
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import ExpertKey, ModelShape, Why
-from .account import CopyRow, RunRecord, SequenceTimes
+from .account import CopyRow, RunRecord, SequenceTimes, largest_waves
 from .costs import CostModel
 from .policy.base import Load, Signals
 from .policy.future import Future
@@ -26,7 +26,14 @@ from .policy.spec import PolicySpec
 from .result import MemoryResult
 from .workload import EventDemand, StepDemand, Workload
 
-_LAPS = ("mixer_s", "readback_s", "decision_s", "lookahead_s", "stall_s", "experts_s")
+_LAPS: tuple[str, ...] = (
+    "mixer_s",
+    "readback_s",
+    "decision_s",
+    "lookahead_s",
+    "stall_s",
+    "experts_s",
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -191,9 +198,7 @@ class Simulation:
                 times = self._token_s.setdefault(sequence, [])
                 times.append(self._env.now - self._batch_start_s)
 
-    def _event(
-        self, step: StepDemand, event: EventDemand
-    ) -> Generator[simpy.Event, Any, None]:
+    def _event(self, step: StepDemand, event: EventDemand) -> Generator[simpy.Event, Any, None]:
         costs, phase, start = self._costs, step.phase, self._env.now
         laps = dict.fromkeys(_LAPS, 0.0)
         yield from self._compute(
@@ -299,7 +304,9 @@ class Simulation:
         )
 
     def _memory(self) -> MemoryResult:
-        return predicted_memory(self._workload, self._spec.slots, self._shape, self._costs)
+        return predicted_memory(
+            self._workload, self._spec.slots, self._shape, self._costs, largest_waves(self.log)
+        )
 
 
 def simulate(
@@ -310,20 +317,29 @@ def simulate(
 
 
 def predicted_memory(
-    workload: Workload, slots: int, shape: ModelShape, costs: CostModel
+    workload: Workload,
+    slots: int,
+    shape: ModelShape,
+    costs: CostModel,
+    waves: Mapping[int, float],
 ) -> MemoryResult:
-    """Peak device bytes by class: the step where KV cache and working tensors together are largest."""
+    """Peak device bytes by class: the step where KV cache and working tensors together are largest.
+
+    `waves` are the largest wave shares by step; steps not in it ran in one wave.
+    """
     needs = [
         (
-            shape.kv_bytes_per_token * step.batch * step.context,
-            costs.activation_bytes(step.phase, step.batch, step.tokens, step.context),
+            float(shape.kv_bytes_per_token * step.batch * step.context),
+            costs.activation_bytes(
+                step.phase, step.batch, step.tokens, step.context, waves.get(step.step, 1.0)
+            ),
         )
         for step in workload.steps
     ]
-    kv, activations = max(needs, key=sum, default=(0, 0))
+    kv, activations = max(needs, key=sum, default=(0.0, 0.0))
     return MemoryResult(
         non_expert_weights=shape.non_expert_bytes,
         slots=slots * shape.expert_bytes,
-        kv_cache=kv,
-        activations=activations,
+        kv_cache=round(kv),
+        activations=round(activations),
     )

@@ -61,9 +61,7 @@ class Forecaster:
 
     def bounds(self, spec: PolicySpec, result: Result) -> Bounds:
         """What no policy of this size can beat under the same costs."""
-        belady_spec = make_spec(
-            slots=spec.slots, cache="belady", allocation=spec.allocation.name
-        )
+        belady_spec = make_spec(slots=spec.slots, cache="belady", allocation=spec.allocation.name)
         belady = summarize(
             simulate(self.workload, belady_spec, self.shape, self.costs), self._context(belady_spec)
         )

@@ -12,8 +12,14 @@ def result_rows(result: Result) -> list[tuple[str, str]]:
     rows = [
         ("source", result.source),
         ("throughput", f"{result.tokens_per_s:.1f} tokens/s (batch {result.batch_size})"),
-        ("first token", f"{format_seconds(result.ttft_s)} mean, p95 {format_seconds(result.ttft.p95)}"),
-        ("per token", f"{format_seconds(result.tpot_s)} mean, p95 {format_seconds(result.tpot.p95)}"),
+        (
+            "first token",
+            f"{format_seconds(result.ttft_s)} mean, p95 {format_seconds(result.ttft.p95)}",
+        ),
+        (
+            "per token",
+            f"{format_seconds(result.tpot_s)} mean, p95 {format_seconds(result.tpot.p95)}",
+        ),
     ]
     for name, phase in (("prefill", result.prefill), ("decode", result.decode)):
         rows.append(

@@ -106,7 +106,9 @@ def _tokens_of(rows: object) -> dict[int, tuple[int, ...]]:
 
 
 def _assemble(
-    trace: Trace, events: Mapping[int, Sequence[EventDemand]], sequences: Mapping[int, tuple[int, ...]]
+    trace: Trace,
+    events: Mapping[int, Sequence[EventDemand]],
+    sequences: Mapping[int, tuple[int, ...]],
 ) -> Workload:
     table = trace.table("steps", columns=["step", "layer", "phase", "batch", "tokens", "context"])
     columns = table.to_pydict()

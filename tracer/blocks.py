@@ -73,9 +73,7 @@ class HostBlocks:
     two). `pack` takes a layer's weights and frees the originals, so the model is never held twice.
     """
 
-    def __init__(
-        self, layers: list[ExpertLayer], *, tier: Tier = "ram", pin: bool = False
-    ) -> None:
+    def __init__(self, layers: list[ExpertLayer], *, tier: Tier = "ram", pin: bool = False) -> None:
         self.layout = BlockLayout.of(layers[0])
         self.num_layers = len(layers)
         self.num_experts = int(layers[0].module.num_experts)  # type: ignore[arg-type]

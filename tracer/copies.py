@@ -51,13 +51,21 @@ class CopyEngine(Protocol):
     pinned: bool
     stream_names: tuple[str, ...]
 
-    def submit(self, copies: Sequence[Copy]) -> None: ...
+    def submit(self, copies: Sequence[Copy]) -> None:
+        """Ask for copies; returns at once."""
+        ...
 
-    def wait(self, copies: Sequence[Copy]) -> None: ...
+    def wait(self, copies: Sequence[Copy]) -> None:
+        """Make compute wait for copies."""
+        ...
 
-    def promote(self, copy: Copy) -> None: ...
+    def promote(self, copy: Copy) -> None:
+        """Compute needs this prefetch now."""
+        ...
 
-    def cancel(self, copy: Copy) -> None: ...
+    def cancel(self, copy: Copy) -> None:
+        """Give up a prefetch; later copies into its slot are safe."""
+        ...
 
     def finished(self) -> list[Copy]:
         """Prefetches that ended since the last call, in order of their end."""
@@ -67,14 +75,16 @@ class CopyEngine(Protocol):
         """Every copy that ended, with its times, since the last call."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop copying."""
+        ...
 
 
 class ThreadCopyEngine:
     """One thread copies between host buffers: the CPU's link, real or emulated."""
 
     pinned = False
-    stream_names = ("link",)
+    stream_names: tuple[str, ...] = ("link",)
 
     def __init__(
         self,
@@ -198,7 +208,7 @@ class ThreadCopyEngine:
 class CudaCopyEngine:
     """Two streams over the bus; completion is known from events, compute waits without the host."""
 
-    stream_names = ("demand", "prefetch")
+    stream_names: tuple[str, ...] = ("demand", "prefetch")
 
     def __init__(self, device: torch.device, *, pinned: bool) -> None:
         self.pinned = pinned

@@ -49,10 +49,12 @@ class StepTokens:
 class StepObserver(Protocol):
     """Sees every forward pass of a generation."""
 
-    def begin_step(self, info: StepInfo, tokens: StepTokens) -> None: ...
+    def begin_step(self, info: StepInfo, tokens: StepTokens) -> None:
+        """A pass is about to run."""
+        ...
 
     def end_step(self) -> float:
-        """Returns the seconds the pass took."""
+        """The pass has run; returns the seconds it took."""
         ...
 
 

@@ -39,7 +39,9 @@ class ExpertsHandler(Protocol):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """Output of the layer's experts: [tokens, hidden]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +108,10 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(
-        module, "num_experts"
+    return (
+        hasattr(module, "is_transposed")
+        and hasattr(module, "has_gate")
+        and hasattr(module, "num_experts")
     )
 
 

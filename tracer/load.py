@@ -72,7 +72,9 @@ def load_model(
 
     is_embedded = name in (None, EMBEDDED)
     source = str(embedded.MODEL_DIR) if is_embedded else str(name)
-    arguments: dict[str, Any] = {} if is_embedded or Path(source).is_dir() else {"revision": revision}
+    arguments: dict[str, Any] = (
+        {} if is_embedded or Path(source).is_dir() else {"revision": revision}
+    )
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
@@ -92,7 +94,9 @@ def load_model(
         model, layers, model_id=EMBEDDED if is_embedded else source, revision=revision
     )
     eos_ids = _eos_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)
+    pad_id = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)
+    )
     return LoadedModel(model, tokenizer, layers, shape, eos_ids, pad_id, implementation)
 
 

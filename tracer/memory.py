@@ -22,6 +22,10 @@ from .timing import StepInfo
 from .types import MemoryPoint, ModelShape
 
 
+METERED_PASSES = 3
+"""A prefill and two decode passes show a batch's peak."""
+
+
 class _CpuMeter(TorchDispatchMode):
     """Counts live storages made while the mode is on."""
 
@@ -31,9 +35,7 @@ class _CpuMeter(TorchDispatchMode):
         self.peak_bytes = 0
         self._owners: dict[int, int] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {
             leaf.untyped_storage().data_ptr()
             for leaf in tree_leaves((args, kwargs))
@@ -143,27 +145,40 @@ def measure_memory(
     device: torch.device,
     *,
     observer: StepObserver | None = None,
-    new_tokens: int = 3,
+    first_step: int = 0,
 ) -> list[MemoryPoint]:
     """Peak working tensors of the first passes of each batch, KV cache taken out.
 
     These passes are apart from the timed ones. The model runs as it is installed now.
     """
-    points: list[MemoryPoint] = []
-    for batch in batches:
-        with PeakMeter(device) as meter:
-            watch = _PeakObserver(observer or SilentObserver(), meter)
-            greedy(
-                loaded.model,
-                batch,
-                max_new_tokens=new_tokens,
-                eos_ids=frozenset(),
-                pad_id=loaded.pad_id,
-                first_step=0,
-                observer=watch,
-            )
-        points += [_point(loaded.shape, info, peak) for info, peak in watch.peaks]
-    return points
+    return [
+        _point(loaded.shape, info, peak)
+        for batch in batches
+        for info, peak in peaks(loaded, batch, device, observer=observer, first_step=first_step)
+    ]
+
+
+def peaks(
+    loaded: LoadedModel,
+    batch: Sequence[Prompt],
+    device: torch.device,
+    *,
+    observer: StepObserver | None = None,
+    first_step: int = 0,
+) -> list[tuple[StepInfo, int]]:
+    """Peak bytes of working tensors and KV cache together, for each of a batch's first passes."""
+    with PeakMeter(device) as meter:
+        watch = _PeakObserver(observer or SilentObserver(), meter)
+        greedy(
+            loaded.model,
+            batch,
+            max_new_tokens=METERED_PASSES,
+            eos_ids=frozenset(),
+            pad_id=loaded.pad_id,
+            first_step=first_step,
+            observer=watch,
+        )
+    return watch.peaks
 
 
 def _point(shape: ModelShape, info: StepInfo, peak_bytes: int) -> MemoryPoint:

@@ -42,7 +42,7 @@ class LinkSpec:
     """A link by bandwidth and per-copy latency, as in `8GB/s+10us`."""
 
     text: str
-    bandwidth_Bps: float  # noqa: N815 - bytes per second, written as the field writes it
+    bandwidth_Bps: float
     latency_s: float
 
     @classmethod

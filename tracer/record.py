@@ -93,7 +93,11 @@ class Recorder:
         return seconds
 
     def record(
-        self, layer: int, chosen: np.ndarray, weights: torch.Tensor, lookahead: dict[int, np.ndarray]
+        self,
+        layer: int,
+        chosen: np.ndarray,
+        weights: torch.Tensor,
+        lookahead: dict[int, np.ndarray],
     ) -> None:
         """Keep one event's routing: arrays are [tokens, top_k]."""
         part: dict[str, Any] = {
@@ -368,7 +372,9 @@ def _sequences(
     return pa.Table.from_pylist(rows, schema=SEQUENCES)
 
 
-def _repeat(parts: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], int], kind: Any) -> Any:
+def _repeat(
+    parts: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], int], kind: Any
+) -> Any:
     return np.concatenate([np.full(len(p["experts"]), value(p), dtype=kind) for p in parts])
 
 

@@ -26,9 +26,7 @@ def _field(name: str, kind: pa.DataType, meaning: str, *, nullable: bool = False
 _LABEL = pa.dictionary(pa.int8(), pa.string())
 
 
-def routing_schema(
-    top_k: int, *, weights: bool = False, lookahead: int = 0
-) -> pa.Schema:
+def routing_schema(top_k: int, *, weights: bool = False, lookahead: int = 0) -> pa.Schema:
     """One row per (step, layer, token): which experts the router chose.
 
     `weights` adds the gate weights; `lookahead` adds one column per depth with the experts that

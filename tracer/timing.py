@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ import torch
 from .schema import WHOLE_STEP
 from .types import Phase
 
-LAPS = ("mixer_s", "readback_s", "decision_s", "lookahead_s", "stall_s", "experts_s")
+LAPS: tuple[str, ...] = (
+    "mixer_s",
+    "readback_s",
+    "decision_s",
+    "lookahead_s",
+    "stall_s",
+    "experts_s",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +148,7 @@ class CudaStepTimer(StepTimer):
     and the read-back keeps what the host waited beyond them.
     """
 
-    _DEVICE_LAPS = ("mixer_s", "stall_s", "experts_s")
+    _DEVICE_LAPS: tuple[str, ...] = ("mixer_s", "stall_s", "experts_s")
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +212,7 @@ class CudaStepTimer(StepTimer):
     @classmethod
     def _merge(cls, host: dict[str, float], events: list[tuple[str, Any]]) -> dict[str, float]:
         device = dict.fromkeys(cls._DEVICE_LAPS, 0.0)
-        for (_, before), (name, after) in zip(events, events[1:], strict=False):
+        for (_, before), (name, after) in pairwise(events):
             device[name] += before.elapsed_time(after) / 1e3
         laps = dict(host)
         # The device's gap between two marks holds host work too; take the host's accounts out of it.

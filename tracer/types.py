@@ -118,13 +118,18 @@ class HardwareProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPoint:
-    """Bytes of working tensors at their peak inside one forward pass (weights and KV excluded)."""
+    """Bytes of working tensors at their peak inside one forward pass (weights and KV excluded).
+
+    `largest_wave` is the largest share of an event's experts that ran in one wave; 1 unless slots
+    were short, in which case the rows of all waves are gathered in an extra tensor.
+    """
 
     phase: Phase
     batch: int
     tokens: int
     context: int
     activation_bytes: int
+    largest_wave: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,7 +79,9 @@ def deploy(
         rows.append(("log replays", _yes(result.log_replays)))
         print_rows(f"Measured: {result.label}", rows)
     if result.same_tokens is False:
-        raise NotValidatedError("The text differs from the resident model's under a lossless policy.")
+        raise NotValidatedError(
+            "The text differs from the resident model's under a lossless policy."
+        )
     if result.log_replays is False:
         raise NotValidatedError("The decision log does not replay.")
 

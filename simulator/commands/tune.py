@@ -53,7 +53,9 @@ def tune(
             "predicted": to_json(choice.predicted),
             "explanation": list(choice.tuning.explanation),
             "hardware": to_json(opened.hardware),
-            "prompt_sha256": opened.table("sequences", columns=["prompt_sha256"]).to_pydict()["prompt_sha256"],
+            "prompt_sha256": opened.table("sequences", columns=["prompt_sha256"]).to_pydict()[
+                "prompt_sha256"
+            ],
         },
     )
     write_policy(out, policy)

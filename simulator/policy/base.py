@@ -28,11 +28,17 @@ class Cache(Protocol):
     needs: ClassVar[frozenset[str]]
     is_lossless: ClassVar[bool]
 
-    def admit(self, key: ExpertKey) -> None: ...
+    def admit(self, key: ExpertKey) -> None:
+        """An expert became resident."""
+        ...
 
-    def touch(self, key: ExpertKey) -> None: ...
+    def touch(self, key: ExpertKey) -> None:
+        """A resident expert was demanded."""
+        ...
 
-    def remove(self, key: ExpertKey) -> None: ...
+    def remove(self, key: ExpertKey) -> None:
+        """An expert was evicted."""
+        ...
 
     def victim(self, protected: Container[ExpertKey]) -> ExpertKey | None:
         """The resident expert to evict first, outside `protected`; None if there is none."""
@@ -68,7 +74,9 @@ class Predictor(Protocol):
     needs: ClassVar[frozenset[str]]
     is_lossless: ClassVar[bool]
 
-    def predict(self, layer: int, signals: Signals) -> Sequence[ExpertKey]: ...
+    def predict(self, layer: int, signals: Signals) -> Sequence[ExpertKey]:
+        """Experts worth fetching now that `layer` has been asked for, in order of need."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +114,9 @@ class Allocation(Protocol):
     needs: ClassVar[frozenset[str]]
     is_lossless: ClassVar[bool]
 
-    def divide(self, num_layers: int, num_experts: int, slots: int) -> list[Share]: ...
+    def divide(self, num_layers: int, num_experts: int, slots: int) -> list[Share]:
+        """Pools for `slots` slots."""
+        ...
 
 
 class FutureView(Protocol):

@@ -1,8 +1,8 @@
 """The decision log: everything that went into the core and everything it answered, in order.
 
 Inputs are `event` rows (one per demanded expert), `predict`, `loaded` and `release`; answers are the
-outcome and slot on the `event` rows, and `load` and `cancel`. Feeding the inputs to a fresh core must give the
-same rows (replay.py).
+outcome and slot on the `event` rows, and `load` and `cancel`. Feeding the inputs to a fresh core must
+give the same rows (replay.py).
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ class Registry:
         try:
             return member(**params)
         except TypeError as cause:
-            raise UsageError(f"{self.kind} {name!r} cannot take {sorted(params)}: {cause}.") from None
+            raise UsageError(
+                f"{self.kind} {name!r} cannot take {sorted(params)}: {cause}."
+            ) from None
 
     def _built_in(self) -> dict[str, str]:
         # A trailing underscore in a file's name only keeps it from being a Python keyword or builtin.

@@ -184,7 +184,9 @@ class Residency:
             slot = pool.free.pop()
         else:
             evicts = pool.cache.victim(protected)
-            slot = self._cancel(step, pool, cancels) if evicts is None else self._evict(pool, evicts)
+            slot = (
+                self._cancel(step, pool, cancels) if evicts is None else self._evict(pool, evicts)
+            )
         self._settle(pool, key, slot)
         return Load(key, slot, evicts, "demand")
 

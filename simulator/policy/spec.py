@@ -68,9 +68,7 @@ class PolicySpec:
     @property
     def is_lossless(self) -> bool:
         """Whether the text is guaranteed to stay the same."""
-        return all(
-            family.get(self.members[family.kind].name).is_lossless for family in FAMILIES
-        )
+        return all(family.get(self.members[family.kind].name).is_lossless for family in FAMILIES)
 
     def describe(self) -> dict[str, str]:
         """The policy in words, for results."""
@@ -121,9 +119,7 @@ class PolicySpec:
             pools.append(Pool(share.layers, range(first, first + share.slots), cache))
             first += share.slots
         predictor = predictors.build(self.predictor.name, self._params("predictor", future))
-        return Residency(
-            pools, predictor, num_experts=shape.num_experts, future=future, log=log
-        )
+        return Residency(pools, predictor, num_experts=shape.num_experts, future=future, log=log)
 
     def build_scheduler(self) -> Scheduler:
         """Make the live scheduler."""
@@ -159,7 +155,11 @@ def make_spec(
         if popularity is None:
             raise UsageError(f"cache {cache!r} needs popularity counts; none were given.")
         params["popularity"] = [list(row) for row in popularity]
-    for registry, name in ((predictors, predictor), (allocations, allocation), (schedulers, scheduler)):
+    for registry, name in (
+        (predictors, predictor),
+        (allocations, allocation),
+        (schedulers, scheduler),
+    ):
         registry.get(name)
     return PolicySpec(
         cache=Member(name=cache, params=params),

@@ -16,7 +16,8 @@ def run(
         str, typer.Option(help="Hub id, folder, or 'embedded' (shipped with the package).")
     ] = "embedded",
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts, .jsonl or text; default: the shipped held-out set.")
+        Path | None,
+        typer.Option(help="Prompts, .jsonl or text; default: the shipped held-out set."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Use at most this many prompts, spread over the file.")
@@ -38,11 +39,15 @@ def run(
     threads: Annotated[
         int | None, typer.Option(help="Compute threads on the CPU; default: all cores but one.")
     ] = None,
-    store_text: Annotated[bool, typer.Option("--store-text", help="Keep the prompts' text.")] = False,
+    store_text: Annotated[
+        bool, typer.Option("--store-text", help="Keep the prompts' text.")
+    ] = False,
     redact: Annotated[
         bool, typer.Option("--redact", help="Leave token ids out (they spell the text).")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Trace a real run: which experts each token uses, and how long everything takes.

@@ -27,7 +27,9 @@ class GateLookahead:
 
     def __init__(self, depth: int = 1, width: int = 0) -> None:
         if depth < 1 or width < 0:
-            raise UsageError(f"gate_lookahead takes depth >= 1 and width >= 0, got {depth}, {width}.")
+            raise UsageError(
+                f"gate_lookahead takes depth >= 1 and width >= 0, got {depth}, {width}."
+            )
         self.depth = depth
         self.width = width
 

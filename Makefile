@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= out/demo
+LINK   ?= 1GB/s+20us
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: setup demo demo-results test lint bench gpu clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py --out $(OUT) --link $(LINK)
+
+# The demo's results as shipped in traces/demo: made again when the model or a format changes.
+demo-results: setup
+	$(BIN)/python scripts/demo.py --out traces/demo --link $(LINK)
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: setup
+	$(BIN)/python benchmarks/decision_cost.py
+	$(BIN)/python benchmarks/forecast_accuracy.py
+
+# Runs from the tree with the machine's own Python: no install, no network.
+gpu:
+	PYTHONPATH=.typing $(PYTHON) scripts/gpu_evidence.py
+
+clean:
+	rm -rf $(VENV) out build *.egg-info
