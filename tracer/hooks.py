@@ -237,6 +237,9 @@ def _top_k(config: Any) -> int:
 
 
 def _kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent:  # latent attention caches one compressed state and one rotated key for all heads
+        return config.num_hidden_layers * (latent + config.qk_rope_head_dim) * dtype.itemsize
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads

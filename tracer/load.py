@@ -68,6 +68,7 @@ def load_model(
 
     The model stays on the host; the caller places it. Raises ResourceError when it cannot be had.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     is_embedded = name in (None, EMBEDDED)
@@ -81,7 +82,7 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=choose_dtype(dtype, device), **arguments
             )
-    except (OSError, ValueError) as cause:
+    except (OSError, ValueError, SafetensorError) as cause:
         first = str(cause).strip().splitlines()[0]
         raise ResourceError(
             f"Model {source!r} could not be loaded: {first} Give a folder with config.json and "
