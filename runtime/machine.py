@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..simulator.account import RunContext, RunRecord, SequenceTimes, summarize
+from ..simulator.bounds import measured_bounds
 from ..simulator.policy.replay import replay
 from ..simulator.policy.spec import PolicySpec
 from ..simulator.result import MemoryResult, Result
@@ -118,8 +119,12 @@ class Machine:
             provenance=provenance(0, "own-generation"),
         )
         replayed = replay(record.log, spec, self.loaded.shape)
+        result = summarize(record, context)
         return replace(
-            summarize(record, context), same_tokens=same_tokens, log_replays=replayed.is_exact
+            result,
+            bounds=measured_bounds(result, record, spec, self.loaded.shape),
+            same_tokens=same_tokens,
+            log_replays=replayed.is_exact,
         )
 
     def peak_memory(
@@ -187,7 +192,7 @@ def generate_all(
     outputs: list[Generated] = []
     step = 0
     for batch in batches(prompts, batch_size):
-        outputs += greedy(
+        generated = greedy(
             loaded.model,
             batch,
             max_new_tokens=max_new_tokens,
@@ -196,7 +201,8 @@ def generate_all(
             first_step=step,
             observer=observer or SilentObserver(),
         )
-        step += max_new_tokens
+        step += max(len(one.token_ids) for one in generated)  # as the tracer numbers them
+        outputs += generated
     return outputs
 
 

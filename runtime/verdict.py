@@ -79,7 +79,7 @@ def _check(
         tolerance=quantity.tolerance,
         noise=throughput_noise if is_timed else 0.0,
         passed=passed,
-        cause="" if passed else _cause(is_timed, causes),
+        cause="" if passed else _cause(is_timed, causes, throughput_noise),
     )
 
 
@@ -113,9 +113,12 @@ def time_causes(pairs: Sequence[Pair]) -> dict[str, float]:
     return causes
 
 
-def _cause(is_timed: bool, causes: dict[str, float]) -> str:
+def _cause(is_timed: bool, causes: dict[str, float], noise: float) -> str:
     if not is_timed:
         return "see the configuration's decision log"
     part = max(causes, key=lambda name: abs(causes[name]))
     word = "over" if causes[part] > 0 else "under"
-    return f"{part.removesuffix('_s')} time {word}estimated by {abs(causes[part]):.1%} of the run"
+    found = f"{part.removesuffix('_s')} time {word}estimated by {abs(causes[part]):.1%} of the run"
+    if noise > THROUGHPUT / 2:
+        found += f"; the machine itself varies by {noise:.1%}: repeat on a quieter one"
+    return found

@@ -21,7 +21,6 @@ from .load import LoadedModel
 from .timing import StepInfo
 from .types import MemoryPoint, ModelShape
 
-
 METERED_PASSES = 3
 """A prefill and two decode passes show a batch's peak."""
 

@@ -35,7 +35,8 @@ def read_prompts(path: Path | None) -> list[PromptText]:
     """
     path = path or embedded.PROMPTS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON and prose may hold U+2028 and other characters it takes for line ends.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as cause:
         raise InputError(f"Prompts {path} cannot be read: {cause}.") from None
     read = _json_line if path.suffix in (".jsonl", ".json") else _text_line

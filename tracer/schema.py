@@ -106,7 +106,7 @@ SEQUENCES = pa.schema(
         _field("batch", pa.int32(), "batch it ran in"),
         _field("prompt_tokens", pa.int32(), "prompt length"),
         _field("generated_tokens", pa.int32(), "tokens generated"),
-        _field("finish", _LABEL, "length or eos"),
+        _field("finish", _LABEL, "length, eos, or cut (the run was killed inside it)"),
         _field("ttft_s", pa.float64(), "start of its batch to its first token"),
         _field("prompt_sha256", pa.string(), "hash of the prompt's text"),
         _field("prompt_text", pa.string(), "the prompt; null unless asked for", nullable=True),

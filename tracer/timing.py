@@ -1,16 +1,14 @@
 """Where the time of one forward pass goes: one row per MoE layer and one for the whole pass.
 
-On the CPU every lap is wall time. On CUDA the host runs ahead of the device only between two
-read-backs of the routing, so the device's share (mixer, stall, experts) comes from events on the compute
-stream and the host's share from its own clock. Nothing here synchronises except `end`, which the
-generation loop does anyway to read the token.
+On the CPU every lap is wall time. On CUDA the host runs ahead of the device between two read-backs of
+the routing; there, what the device computes is timed by events on its stream. Nothing here synchronises
+but the begin and end of a pass, where the generation loop waits for the token anyway.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,6 +67,7 @@ class StepTimer:
         self._info: StepInfo | None = None
         self._skipped = 0.0
         self._mark = 0.0
+        self._step_start = 0.0
         self._layer_start = 0.0
         self._laps: dict[str, float] = {}
 
@@ -142,87 +141,64 @@ class StepTimer:
 
 
 class CudaStepTimer(StepTimer):
-    """Adds device time: events around mixer, stall and experts, read when the pass has ended.
+    """Puts host and device on one clock: a lap ends when the slower of the two has passed it.
 
-    The host's mixer and experts laps only cover launching work; they are replaced by the device's,
-    and the read-back keeps what the host waited beyond them.
+    Laps that the device computes end at an event on the compute stream, the others at the host's
+    clock. Each lap is charged from where the one before ended, so that the laps of a layer add up to wall
+    time although the host runs ahead.
     """
 
-    _DEVICE_LAPS: tuple[str, ...] = ("mixer_s", "stall_s", "experts_s")
+    _ON_DEVICE = frozenset({"mixer_s", "stall_s", "experts_s"})
 
     def __init__(self) -> None:
         super().__init__()
-        self._pending: list[dict[str, Any]] = []
-        self._events: list[tuple[str, Any]] = []
-        self._last_event: Any = None
+        self._marks: list[tuple[str, float, Any]] = []
+        self._layers: list[tuple[int, int, int, list[tuple[str, float, Any]]]] = []
+        self._base: Any = None
 
     def begin(self, info: StepInfo) -> None:
-        """Start a forward pass and the device's own clock for it."""
+        """Start a forward pass; the device is idle here, so the clocks can be tied."""
+        torch.cuda.synchronize()
+        self._base = self._event()
         super().begin(info)
-        self._pending = []
-        self._last_event = self._event()
+        self._layers = []
 
     def enter(self) -> None:
-        """Mark the end of the mixer on host and device."""
-        self._events = []
+        """See StepTimer."""
+        self._marks = []
         super().enter()
 
     def lap(self, name: str) -> None:
-        """Charge host time, and device time where the device does the work."""
+        """See StepTimer."""
         super().lap(name)
-        if name in self._DEVICE_LAPS:
-            event = self._event()
-            self._events.append((name, event))
+        event = self._event() if name in self._ON_DEVICE else None
+        self._marks.append((name, self._mark, event))
 
     def leave(self, layer: int, *, distinct: int, waves: int) -> None:
         """Keep the layer's marks until the device has passed them."""
-        self._pending.append(
-            {
-                "layer": layer,
-                "distinct": distinct,
-                "waves": waves,
-                "start_s": self._layer_start,
-                "laps": dict(self._laps),
-                "events": [("from", self._last_event), *self._events],
-            }
-        )
-        self._last_event = self._events[-1][1]
+        self._layers.append((layer, distinct, waves, self._marks))
 
     def end(self) -> float:
         """Wait for the device, turn the marks into rows, and close the pass."""
         torch.cuda.synchronize()
-        for pending in self._pending:
-            laps = self._merge(pending["laps"], pending["events"])
-            self._write(
-                pending["layer"],
-                pending["start_s"],
-                pending["distinct"],
-                pending["waves"],
-                laps,
-                sum(laps.values()),
-            )
+        cursor = self._step_start
+        for layer, distinct, waves, marks in self._layers:
+            began, laps = cursor, dict.fromkeys(LAPS, 0.0)
+            for name, host_s, event in marks:
+                ended = host_s if event is None else self._device_s(event)
+                laps[name] += max(0.0, ended - cursor)
+                cursor = max(cursor, ended)
+            self._write(layer, began, distinct, waves, laps, cursor - began)
         return super().end()
+
+    def _device_s(self, event: Any) -> float:
+        return self._step_start + self._base.elapsed_time(event) / 1e3
 
     @staticmethod
     def _event() -> Any:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    @classmethod
-    def _merge(cls, host: dict[str, float], events: list[tuple[str, Any]]) -> dict[str, float]:
-        device = dict.fromkeys(cls._DEVICE_LAPS, 0.0)
-        for (_, before), (name, after) in pairwise(events):
-            device[name] += before.elapsed_time(after) / 1e3
-        laps = dict(host)
-        # The device's gap between two marks holds host work too; take the host's accounts out of it.
-        waited = host["readback_s"] + host["mixer_s"]
-        laps["mixer_s"] = min(device["mixer_s"], waited)
-        laps["readback_s"] = max(0.0, waited - laps["mixer_s"])
-        host_side = host["decision_s"] + host["lookahead_s"]
-        laps["stall_s"] = max(0.0, device["stall_s"] - laps["readback_s"] - host_side)
-        laps["experts_s"] = device["experts_s"]
-        return laps
 
 
 def step_timer(device: torch.device) -> StepTimer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,13 +68,15 @@ def deploy(
         pin=not no_pin,
         check_text=not no_check,
     )
-    result = run(read_policy(policy), request, say=say)
+    chosen = read_policy(policy)
+    result = run(chosen, request, say=say)
     if out is not None:
         write_json(out, result)
     if as_json:
         print_json(result)
     else:
         rows = result_rows(result)
+        rows.append(("predicted", _predicted(chosen.evidence.get("predicted"))))
         rows.append(("same text", _yes(result.same_tokens)))
         rows.append(("log replays", _yes(result.log_replays)))
         print_rows(f"Measured: {result.label}", rows)
@@ -84,6 +86,16 @@ def deploy(
         )
     if result.log_replays is False:
         raise NotValidatedError("The decision log does not replay.")
+
+
+def _predicted(evidence: Any) -> str:
+    """What `tune` expected, on its trace's machine, prompts and link: `verify` compares like with like."""
+    if not isinstance(evidence, dict):
+        return "the policy carries no prediction"
+    return (
+        f"{evidence['tokens_per_s']:.1f} tokens/s, decode hits {evidence['decode']['hit_rate']:.1%}, on the "
+        f"trace's prompts over {evidence['link']} ({evidence['link_origin']}), batch {evidence['batch_size']}"
+    )
 
 
 def _yes(answer: bool | None) -> str:

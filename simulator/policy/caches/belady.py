@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ....tracer.types import ExpertKey
 from ..base import FutureView
+from ..future import NEVER
 from ..ranked import Ranked
 
 
@@ -38,7 +39,9 @@ class Belady:
         return ()
 
     def warm(self, keys: Iterable[ExpertKey], slots: int) -> Sequence[ExpertKey]:
-        return ()
+        # Placements start filled, so the bound does too: with what is needed first.
+        used = [key for key in keys if self._future.next_use(key) < NEVER]
+        return sorted(used, key=self._future.next_use)[:slots]
 
 
 MEMBER = Belady
