@@ -10,10 +10,11 @@ import torch
 
 from ..simulator.policy.spec import PolicyFile, PolicySpec
 from ..simulator.result import Result
+from ..tracer.blocks import Tier
 from ..tracer.errors import ResourceError
 from ..tracer.generate import Generated, Prompt
 from ..tracer.load import LoadedModel, choose_device, load_model
-from ..tracer.placement import choose_residency, free_bytes, use_threads
+from ..tracer.placement import choose_residency, choose_tier, free_bytes, use_threads
 from ..tracer.prompts import PromptText, choose_prompts, read_prompts, tokenize
 from ..tracer.quantities import LinkSpec, format_bytes
 from .machine import Machine, generate_all
@@ -47,6 +48,7 @@ class Prepared:
     loaded: LoadedModel
     device: torch.device
     link: LinkSpec | None
+    tier: Tier
     texts: list[PromptText]
     prompts: list[Prompt]
 
@@ -54,13 +56,14 @@ class Prepared:
 def prepare(request: RunRequest, policy: PolicyFile) -> Prepared:
     """Load what a policy was made for and the prompts to run. Raises ResourceError, PolicyError."""
     device = choose_device(request.device)
+    tier = choose_tier(request.tier)
     use_threads(request.threads, device)
     link = LinkSpec.parse(request.link) if request.link else None
     loaded = load_model(request.model or policy.shape.model_id, device=device, dtype=request.dtype)
     check_shape(policy.shape, loaded.shape)
     texts = choose_prompts(held_out(read_prompts(request.prompts), policy), request.limit)
     prompts = tokenize(loaded.tokenizer, texts, MAX_PROMPT_TOKENS)
-    return Prepared(loaded, device, link, texts, prompts)
+    return Prepared(loaded, device, link, tier, texts, prompts)
 
 
 def held_out(texts: Sequence[PromptText], policy: PolicyFile) -> list[PromptText]:
@@ -114,7 +117,7 @@ def deploy(policy: PolicyFile, request: RunRequest, *, say: Callable[[str], None
         prepared.loaded,
         prepared.device,
         link=prepared.link,
-        tier="disk" if request.tier == "disk" else "ram",
+        tier=prepared.tier,
         pin=request.pin,
         trace_id=policy.trace,
     )

@@ -20,7 +20,6 @@ from ..simulator.forecast import Forecaster
 from ..simulator.policy.spec import PolicyFile, PolicySpec, make_spec
 from ..simulator.result import MemoryResult, Result, Verdict, VerifiedRun
 from ..simulator.workload import Workload, workload_of
-from ..tracer.blocks import Tier
 from ..tracer.copies import CHUNK_BYTES
 from ..tracer.errors import ResourceError, UsageError
 from ..tracer.generate import Generated, Prompt
@@ -90,12 +89,11 @@ def verify(
     )
     reference = _reference(prepared, judged, request.run)
     learned = _reference(prepared, calibration, request.run)
-    tier: Tier = "disk" if request.run.tier == "disk" else "ram"
     machine = Machine(
         prepared.loaded,
         prepared.device,
         link=prepared.link,
-        tier=tier,
+        tier=prepared.tier,
         pin=request.run.pin,
         trace_id=reference.trace_id,
     )

@@ -110,15 +110,8 @@ def explain(
     best, second = candidates[0], candidates[1]
     baseline = _of(candidates, cache="none", predictor="none")
     static = _of(candidates, cache="static", predictor="none")
-    margin = _gain(best, second)
-    lines = [
-        f"{best.label} is predicted at {best.tokens_per_s:.1f} tokens/s, "
-        f"{best.tokens_per_s / baseline.tokens_per_s:.2f}× loading every expert on demand "
-        f"({baseline.tokens_per_s:.1f}).",
-        f"Runner-up: {second.label} at {second.tokens_per_s:.1f} tokens/s, {margin:.1%} behind"
-        + (": too close to call." if margin < _NOT_WORTH_IT else "."),
-    ]
-    if best is not static and _gain(best, static) < _NOT_WORTH_IT:
+    lines = [_headline(best, baseline), _runner_up(best, second)]
+    if best not in (static, baseline) and _gain(best, static) < _NOT_WORTH_IT:
         lines.append(
             f"A static placement is as good ({static.tokens_per_s:.1f} tokens/s) and simpler."
         )
@@ -148,6 +141,26 @@ def explain(
             f"The link is {forecaster.link_origin} ({forecaster.link}), not a measured bus."
         )
     return tuple(lines)
+
+
+def _headline(best: Result, baseline: Result) -> str:
+    if best is baseline:
+        return (
+            f"No policy beats loading every expert on demand ({baseline.tokens_per_s:.1f} tokens/s)."
+        )
+    return (
+        f"{best.label} is predicted at {best.tokens_per_s:.1f} tokens/s, "
+        f"{best.tokens_per_s / baseline.tokens_per_s:.2f}× loading every expert on demand "
+        f"({baseline.tokens_per_s:.1f})."
+    )
+
+
+def _runner_up(best: Result, second: Result) -> str:
+    margin = _gain(best, second)
+    close = ": too close to call." if margin < _NOT_WORTH_IT else "."
+    return (
+        f"Runner-up: {second.label} at {second.tokens_per_s:.1f} tokens/s, {margin:.1%} behind{close}"
+    )
 
 
 def _ratio_line(best: Result) -> str:

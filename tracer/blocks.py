@@ -21,6 +21,7 @@ from .hooks import ExpertLayer, align
 from .types import ExpertKey
 
 Tier = Literal["ram", "disk"]
+TIERS: tuple[Tier, ...] = ("ram", "disk")
 
 
 @dataclass(frozen=True, slots=True)

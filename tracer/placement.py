@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from .blocks import TIERS, Tier
 from .errors import ResourceError, UsageError
 from .probe import host_bytes
 from .quantities import format_bytes
@@ -34,6 +35,13 @@ def choose_residency(
     if wanted == "auto":
         return "resident" if fits else "stream"
     return "resident" if wanted == "resident" else "stream"
+
+
+def choose_tier(name: str) -> Tier:
+    """`ram` or `disk`. Raises UsageError."""
+    if name not in TIERS:
+        raise UsageError(f"Unknown tier {name!r}; allowed: {', '.join(TIERS)}.")
+    return name
 
 
 def free_bytes(device: torch.device) -> int:

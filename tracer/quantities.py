@@ -66,7 +66,7 @@ def format_bytes(num_bytes: float) -> str:
     """A size for people, in decimal units."""
     for unit in ("TB", "GB", "MB", "KB"):
         if abs(num_bytes) >= _BYTES[unit]:
-            return f"{num_bytes / _BYTES[unit]:.3g} {unit}"
+            return f"{_short(num_bytes / _BYTES[unit])} {unit}"
     return f"{num_bytes:.0f} B"
 
 
@@ -74,5 +74,10 @@ def format_seconds(seconds: float) -> str:
     """A duration for people."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if abs(seconds) >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns" if seconds else "0 s"
+            return f"{_short(seconds / scale)} {unit}"
+    return f"{_short(seconds / 1e-9)} ns" if seconds else "0 s"
+
+
+def _short(number: float) -> str:
+    # Three digits, but never 1e+03.
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ...tracer.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    EmulatedLink,
+    Json,
+    Limit,
+    MaxNewTokens,
+    PolicyModel,
+    PolicyPath,
+    Prompts,
+    ResultOut,
+    Threads,
+    Tier,
+)
 from ...tracer.console import print_json, print_rows, say
 
 
 def deploy(
-    policy: Annotated[Path, typer.Argument(help="policy.json, as written by `tune`.")],
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or folder; default: the policy's model.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prompts, .jsonl or text; default: the shipped ones.")
-    ] = None,
-    limit: Annotated[int, typer.Option(help="Use at most this many prompts.")] = 12,
-    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    link: Annotated[
-        str | None, typer.Option(help="Emulate a link on the CPU, for example 8GB/s+10us.")
-    ] = None,
-    tier: Annotated[
-        str, typer.Option(help="Where experts wait: ram, or disk (memory-mapped).")
-    ] = "ram",
-    threads: Annotated[
-        int | None, typer.Option(help="Compute threads on the CPU; default: all cores but one.")
-    ] = None,
+    policy: PolicyPath,
+    model: PolicyModel = None,
+    prompts: Prompts = None,
+    limit: Limit = 12,
+    batch_size: BatchSize = 1,
+    max_new_tokens: MaxNewTokens = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    link: EmulatedLink = None,
+    tier: Tier = "ram",
+    threads: Threads = None,
     no_pin: Annotated[bool, typer.Option("--no-pin", help="Do not page-lock host memory.")] = False,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not compare with the resident model's text.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    out: ResultOut = None,
+    as_json: Json = False,
 ) -> None:
     """Deploy a policy: offload the experts, generate, and measure what it costs.
 
@@ -47,13 +51,11 @@ def deploy(
     """
     from ...simulator.policy.spec import read_policy
     from ...simulator.report import result_rows
-    from ...tracer.errors import NotValidatedError, UsageError
+    from ...tracer.errors import NotValidatedError
     from ...tracer.records import write_json
     from ..deploy import RunRequest
     from ..deploy import deploy as run
 
-    if tier not in ("ram", "disk"):
-        raise UsageError(f"Unknown tier {tier!r}; allowed: ram, disk.")
     request = RunRequest(
         model=model,
         prompts=prompts,

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ...tracer.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    EmulatedLink,
+    Json,
+    Limit,
+    MaxNewTokens,
+    PolicyModel,
+    PolicyPath,
+    Prompts,
+    ResultOut,
+    Threads,
+    Tier,
+)
 from ...tracer.console import print_json, print_rows, progress, say
 
 
 def verify(
-    policy: Annotated[Path, typer.Argument(help="policy.json, as written by `tune`.")],
-    model: Annotated[
-        str | None, typer.Option(help="Hub id or folder; default: the policy's model.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Prompts, .jsonl or text; default: the shipped ones.")
-    ] = None,
-    limit: Annotated[int, typer.Option(help="Use at most this many prompts.")] = 12,
-    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 32,
+    policy: PolicyPath,
+    model: PolicyModel = None,
+    prompts: Prompts = None,
+    limit: Limit = 12,
+    batch_size: BatchSize = 1,
+    max_new_tokens: MaxNewTokens = 32,
     repeats: Annotated[int, typer.Option(help="Matched pairs per configuration.")] = 3,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    link: Annotated[
-        str | None, typer.Option(help="Emulate a link on the CPU, for example 8GB/s+10us.")
-    ] = None,
-    tier: Annotated[
-        str, typer.Option(help="Where experts wait: ram, or disk (memory-mapped).")
-    ] = "ram",
-    threads: Annotated[
-        int | None, typer.Option(help="Compute threads on the CPU; default: all cores but one.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the verdict here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    link: EmulatedLink = None,
+    tier: Tier = "ram",
+    threads: Threads = None,
+    out: ResultOut = None,
+    as_json: Json = False,
 ) -> None:
     """Predict, run and compare: does the forecast hold, and is the text the same?
 
@@ -43,14 +47,12 @@ def verify(
     Example: expertflow-trace verify policy.json --link 8GB/s+10us --out verdict.json
     """
     from ...simulator.policy.spec import read_policy
-    from ...tracer.errors import NotValidatedError, UsageError
+    from ...tracer.errors import NotValidatedError
     from ...tracer.records import write_json
     from ..deploy import RunRequest
     from ..verify import VerifyRequest, count_runs
     from ..verify import verify as run
 
-    if tier not in ("ram", "disk"):
-        raise UsageError(f"Unknown tier {tier!r}; allowed: ram, disk.")
     chosen = read_policy(policy)
     request = VerifyRequest(
         run=RunRequest(

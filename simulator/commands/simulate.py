@@ -7,24 +7,21 @@ from typing import Annotated
 
 import typer
 
+from ...tracer.commands.options import Budget, DeclaredLink, Json, ResultOut, TraceDir
 from ...tracer.console import print_json, print_rows
 
 
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="Trace folder.", metavar="DIR")],
-    budget: Annotated[
-        str, typer.Option(help="Share of all experts (0.5), slots (128slots) or bytes (6GiB).")
-    ] = "0.5",
+    trace: TraceDir,
+    budget: Budget = "0.5",
     cache: Annotated[str, typer.Option(help="Who is evicted; see `list`.")] = "lru",
     predictor: Annotated[str, typer.Option(help="Who is prefetched; see `list`.")] = "none",
     allocation: Annotated[str, typer.Option(help="How slots are divided over layers.")] = "equal",
     scheduler: Annotated[str, typer.Option(help="Which sequences run together.")] = "fcfs",
     policy: Annotated[Path | None, typer.Option(help="A policy.json instead of the names.")] = None,
-    link: Annotated[
-        str | None, typer.Option(help="Another link, declared, for example 25GB/s+10us.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    link: DeclaredLink = None,
+    out: ResultOut = None,
+    as_json: Json = False,
 ) -> None:
     """Predict throughput, latency, traffic and memory of a policy.
 

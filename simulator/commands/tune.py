@@ -7,19 +7,16 @@ from typing import Annotated
 
 import typer
 
+from ...tracer.commands.options import Budget, DeclaredLink, Json, TraceDir
 from ...tracer.console import print_json, print_rows, progress, say
 
 
 def tune(
-    trace: Annotated[Path, typer.Argument(help="Trace folder.", metavar="DIR")],
+    trace: TraceDir,
     out: Annotated[Path, typer.Option(help="Where to write policy.json.")],
-    budget: Annotated[
-        str, typer.Option(help="Share of all experts (0.5), slots (128slots) or bytes (6GiB).")
-    ] = "0.5",
-    link: Annotated[
-        str | None, typer.Option(help="Another link, declared, for example 25GB/s+10us.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    budget: Budget = "0.5",
+    link: DeclaredLink = None,
+    as_json: Json = False,
 ) -> None:
     """Sweep the built-in policies, pick the fastest, and say why.
 

@@ -1,13 +1,18 @@
 """Builders for the simulator's tests: shapes, machines and workloads with round numbers."""
 
+# ruff: noqa: E402
+
 from collections.abc import Callable, Sequence
 
 import pytest
 
-pytest.register_assert_rewrite("expertflow.simulator.policy.testing")
+# Before the first import of them, or a failing contract would not show its values.
+pytest.register_assert_rewrite(
+    "expertflow.simulator.policy.checked", "expertflow.simulator.policy.testing"
+)
 
 from expertflow.simulator.costs import CostModel, Linear, PhaseCosts
-from expertflow.simulator.policy.testing import tiny_shape
+from expertflow.simulator.policy.checked import tiny_shape
 from expertflow.simulator.workload import EventDemand, StepDemand, Workload
 from expertflow.tracer.synthetic import synthetic_trace
 from expertflow.tracer.types import ModelShape

@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 import pytest
 from expertflow.simulator.policy.caches.lru import LRU
+from expertflow.simulator.policy.checked import random_script, require_replay, tiny_shape
 from expertflow.simulator.policy.registry import (
     FAMILIES,
     Registry,
@@ -19,9 +20,6 @@ from expertflow.simulator.policy.testing import (
     CacheContract,
     PredictorContract,
     SchedulerContract,
-    random_script,
-    require_replay,
-    tiny_shape,
 )
 from expertflow.tracer.errors import UsageError
 

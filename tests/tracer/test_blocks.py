@@ -148,7 +148,9 @@ def test_stand_in_has_the_arenas_weights_and_the_modules_everything_else():
 class Layer:
     """One layer with its stock result, and its experts packed."""
 
-    def __init__(self, family: str, dtype: str = "auto", tokens: int = 9):
+    def __init__(
+        self, family: str, dtype: str = "auto", tokens: int = 9, *, wide_weights: bool = False
+    ):
         loaded = load(family, dtype)
         layer = loaded.layers[-1]
         self.shape = loaded.shape
@@ -159,7 +161,7 @@ class Layer:
         self.states = torch.randn(tokens, 32, generator=generator).to(kind)
         scores = torch.rand(tokens, self.shape.num_experts, generator=generator)
         weights, self.index = scores.topk(self.shape.top_k, dim=1)
-        self.weights = weights.to(kind)
+        self.weights = weights if wide_weights else weights.to(kind)
         with torch.inference_mode():
             self.expected = self.stock(layer.module, self.states, self.index, self.weights)
         self.blocks = HostBlocks(loaded.layers)
@@ -225,6 +227,16 @@ def test_waves_of_one_are_bit_identical_to_stock(family, dtype):
 
     output = layer.in_waves([[expert] for expert in np.unique(layer.index.numpy()).tolist()])
 
+    assert torch.equal(output, layer.expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_router_weights_wider_than_the_states_change_nothing(family):
+    layer = Layer(family, "bfloat16", wide_weights=True)
+
+    output = layer.in_waves([[expert] for expert in np.unique(layer.index.numpy()).tolist()])
+
+    assert output.dtype == layer.expected.dtype
     assert torch.equal(output, layer.expected)
 
 

@@ -18,8 +18,8 @@ from expertflow.tracer.hooks import (
 )
 from expertflow.tracer.load import choose_device, choose_dtype, load_model
 from expertflow.tracer.memory import SilentObserver
-from expertflow.tracer.record import Recorder, Recording, ResidentExperts, record_run
 from expertflow.tracer.prompts import PromptText
+from expertflow.tracer.record import Recorder, Recording, ResidentExperts, record_run
 from expertflow.tracer.store import Trace
 from expertflow.tracer.synthetic import synthetic_trace
 from expertflow.tracer.writer import TraceWriter

@@ -67,9 +67,9 @@ def test_duckdb_reads_the_parts(trace):
     duckdb = pytest.importorskip("duckdb")
     pattern = str(trace.path / "routing" / "*.parquet")
 
-    found = duckdb.sql(f"select count(*) from '{pattern}' where len(experts) = 2").fetchone()
+    found = duckdb.sql(f"select count(*) from '{pattern}' where len(experts) = 2").fetchall()
 
-    assert found == (trace.manifest.rows("routing"),)
+    assert found == [(trace.manifest.rows("routing"),)]
 
 
 def test_polars_reads_the_parts(trace):

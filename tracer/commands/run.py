@@ -8,6 +8,17 @@ from typing import Annotated
 import typer
 
 from ..console import print_json, print_rows, progress, say
+from .options import (
+    BatchSize,
+    Device,
+    Dtype,
+    EmulatedLink,
+    Json,
+    Limit,
+    MaxNewTokens,
+    Prompts,
+    Threads,
+)
 
 
 def run(
@@ -15,30 +26,21 @@ def run(
     model: Annotated[
         str, typer.Option(help="Hub id, folder, or 'embedded' (shipped with the package).")
     ] = "embedded",
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompts, .jsonl or text; default: the shipped held-out set."),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Use at most this many prompts, spread over the file.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    prompts: Prompts = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 1,
+    max_new_tokens: MaxNewTokens = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     residency: Annotated[
         str, typer.Option(help="auto, resident, or stream (experts cross the link one by one).")
     ] = "auto",
-    link: Annotated[
-        str | None, typer.Option(help="Emulate a link on the CPU, for example 8GB/s+10us.")
-    ] = None,
+    link: EmulatedLink = None,
     lookahead: Annotated[
         int, typer.Option(help="Record what the gates of this many later layers pick (0-3).")
     ] = 1,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Compute threads on the CPU; default: all cores but one.")
-    ] = None,
+    threads: Threads = None,
     store_text: Annotated[
         bool, typer.Option("--store-text", help="Keep the prompts' text.")
     ] = False,
@@ -48,7 +50,7 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Trace a real run: which experts each token uses, and how long everything takes.
 

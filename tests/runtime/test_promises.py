@@ -1,0 +1,100 @@
+"""Same text and same decisions, at every budget, under every policy that can be deployed."""
+
+import itertools
+
+import pytest
+from expertflow.simulator.policy.replay import replay
+
+from tests.runtime.bench import ALLOCATIONS, CACHES, PREDICTORS, SIZES
+
+BUDGETS = (1, 2, 3, 4, 5, 8, 12, 17, 23, 24)
+"""One slot, two (one token's experts), one per layer, one layer's experts (8), half, all."""
+POLICIES = list(itertools.product(CACHES, ALLOCATIONS, PREDICTORS))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("slots", BUDGETS)
+def test_text_is_the_residents_under_every_policy(bench, slots, size):
+    for cache, allocation, predictor in POLICIES:
+        run = bench.run(slots, cache, allocation, predictor, size)
+
+        assert run.texts == bench.resident[size], (cache, allocation, predictor)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("slots", BUDGETS)
+def test_log_of_every_run_replays_exactly(bench, slots, size):
+    for cache, allocation, predictor in POLICIES:
+        run = bench.run(slots, cache, allocation, predictor, size)
+
+        report = replay(run.log, bench.spec(slots, cache, allocation, predictor), bench.shape)
+
+        assert report.is_exact, (cache, allocation, predictor, report.first_difference)
+        assert report.rows == len(run.log) > 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("slots", BUDGETS)
+def test_simulated_log_of_the_same_routing_is_the_real_one(bench, slots, size):
+    for cache, allocation in itertools.product(CACHES, ALLOCATIONS):
+        real = bench.run(slots, cache, allocation, "none", size).log
+
+        simulated = bench.simulated(bench.spec(slots, cache, allocation), size)
+
+        for place, (ours, theirs) in enumerate(zip(real, simulated, strict=False)):
+            assert ours == theirs, (cache, allocation, place)
+        assert len(real) == len(simulated)
+
+
+@pytest.mark.parametrize("slots", [1, 8, 12, 23])
+def test_text_and_replay_hold_when_prefetches_come_late(bench, slots):
+    for cache, allocation in itertools.product(CACHES, ALLOCATIONS):
+        run = bench.run(slots, cache, allocation, "gate_lookahead", 1, link=True)
+
+        report = replay(
+            run.log, bench.spec(slots, cache, allocation, "gate_lookahead"), bench.shape
+        )
+
+        assert run.texts == bench.resident[1]
+        assert report.is_exact, report.first_difference
+
+
+def test_late_hits_and_cancels_do_occur_on_a_slow_link(bench):
+    """Else the test above would show nothing."""
+    runs = [bench.run(slots, "lru", "global", "gate_lookahead", 1, link=True) for slots in (8, 12)]
+    runs += [bench.run(slots, "lru", "equal", "gate_lookahead", 4, link=True) for slots in (12, 17)]
+
+    details = {entry.detail for run in runs for entry in run.log}
+    kinds = {entry.kind for run in runs for entry in run.log}
+
+    assert {"hit", "late", "miss", "prefetch", "demand"} <= details
+    assert {"event", "load", "predict", "loaded", "release"} <= kinds
+
+
+def test_sequences_end_early_in_these_runs(bench):
+    """Else steps would line up by chance."""
+    lengths = {len(text) for text in bench.resident[1]}
+
+    assert len(lengths) > 1
+
+
+def test_text_would_show_a_wrong_expert(bench):
+    """Else same text would be no proof: two experts are exchanged on the host, and back."""
+    from expertflow.tracer.types import ExpertKey
+
+    rows = [bench.machine.blocks.block(ExpertKey(1, expert)) for expert in range(8)]
+    saved = [row.clone() for row in rows]
+    try:
+        for row, other in zip(rows, reversed(saved), strict=True):
+            row.copy_(other)
+        with bench.machine.session(bench.spec(12)) as session:
+            from expertflow.runtime.machine import generate_all
+
+            outputs = generate_all(
+                bench.loaded, bench.prompts, observer=session, batch_size=1, max_new_tokens=5
+            )
+    finally:
+        for row, own in zip(rows, saved, strict=True):
+            row.copy_(own)
+
+    assert [one.token_ids for one in outputs] != bench.resident[1]

@@ -1,0 +1,40 @@
+"""Options that several commands share, so that one word means one thing everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Prompts = Annotated[
+    Path | None, typer.Option(help="Prompts, .jsonl or text; default: the shipped held-out set.")
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Use at most this many prompts, spread over the file.")
+]
+BatchSize = Annotated[int, typer.Option(help="Sequences per batch.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate per prompt.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+EmulatedLink = Annotated[
+    str | None, typer.Option("--link", help="Emulate a link on the CPU, for example 8GB/s+10us.")
+]
+DeclaredLink = Annotated[
+    str | None,
+    typer.Option("--link", help="Predict for another link, declared, for example 25GB/s+10us."),
+]
+Tier = Annotated[str, typer.Option(help="Where experts wait: ram, or disk (memory-mapped).")]
+Threads = Annotated[
+    int | None, typer.Option(help="Compute threads on the CPU; default: all cores but one.")
+]
+Budget = Annotated[
+    str, typer.Option(help="Share of all experts (0.5), slots (128slots) or bytes (6GiB).")
+]
+PolicyPath = Annotated[Path, typer.Argument(help="policy.json, as written by `tune`.")]
+PolicyModel = Annotated[
+    str | None, typer.Option("--model", help="Hub id or folder; default: the policy's model.")
+]
+TraceDir = Annotated[Path, typer.Argument(help="Trace folder.", metavar="DIR")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+ResultOut = Annotated[Path | None, typer.Option("--out", help="Also write the result here.")]
