@@ -11,7 +11,7 @@ import torch
 from ..simulator.policy.spec import PolicyFile, PolicySpec
 from ..simulator.result import Result
 from ..tracer.blocks import Tier
-from ..tracer.errors import ResourceError
+from ..tracer.errors import ResourceError, UsageError
 from ..tracer.generate import Generated, Prompt
 from ..tracer.load import LoadedModel, choose_device, load_model
 from ..tracer.placement import choose_residency, choose_tier, free_bytes, use_threads
@@ -55,6 +55,8 @@ class Prepared:
 
 def prepare(request: RunRequest, policy: PolicyFile) -> Prepared:
     """Load what a policy was made for and the prompts to run. Raises ResourceError, PolicyError."""
+    if request.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, got {request.max_new_tokens}.")
     device = choose_device(request.device)
     tier = choose_tier(request.tier)
     use_threads(request.threads, device)

@@ -361,7 +361,8 @@ def order_is_preserved(runs: Sequence[VerifiedRun], noise: float) -> bool:
     ]
     for place, (predicted, measured) in enumerate(speeds):
         for other_predicted, other_measured in speeds[place + 1 :]:
-            apart = measured / other_measured - 1
-            if abs(apart) > tie and apart * (predicted / other_predicted - 1) < 0:
+            apart = max(measured, other_measured) / min(measured, other_measured) - 1
+            is_swapped = (measured - other_measured) * (predicted - other_predicted) < 0
+            if apart > tie and is_swapped:
                 return False
     return True

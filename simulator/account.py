@@ -96,7 +96,7 @@ def summarize(record: RunRecord, context: RunContext, bounds: Bounds | None = No
         ]
     )
     bytes_moved = prefill.bytes_moved + decode.bytes_moved
-    busy_s = sum(copy.end_s - copy.start_s for copy in record.copies if copy.why != "warm")
+    busy_s = _covered_s([(c.start_s, c.end_s) for c in record.copies if c.why != "warm"])
     return Result(
         source=context.source,
         label=context.spec.label,
@@ -200,21 +200,30 @@ def largest_waves(log: Sequence[Entry]) -> dict[int, float]:
     return shares
 
 
+def _covered_s(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union: an interrupted copy spans the one that went before it."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
 class _Steps:
     """The steps table as arrays."""
 
     def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        self.step = np.asarray(columns["step"], dtype=np.int64)
-        self.layer = np.asarray(columns["layer"], dtype=np.int64)
-        self.is_decode = np.asarray([phase == "decode" for phase in columns["phase"]], dtype=bool)
-        self.tokens = np.asarray(columns["tokens"], dtype=np.int64)
-        self.distinct = np.asarray(columns["distinct"], dtype=np.int64)
+        phases = columns.get("phase", ())
+        self.step = np.asarray(columns.get("step", ()), dtype=np.int64)
+        self.layer = np.asarray(columns.get("layer", ()), dtype=np.int64)
+        self.is_decode = np.asarray([phase == "decode" for phase in phases], dtype=bool)
+        self.distinct = np.asarray(columns.get("distinct", ()), dtype=np.int64)
         self._columns = columns
         self.is_whole = self.layer == WHOLE_STEP
         self.whole_s = self.seconds("total_s")[self.is_whole]
 
     def seconds(self, name: str) -> np.ndarray:
-        return np.asarray(self._columns[name], dtype=np.float64)
+        return np.asarray(self._columns.get(name, ()), dtype=np.float64)
 
     def split(self) -> TimeSplit:
         parts = {

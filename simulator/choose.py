@@ -121,7 +121,7 @@ def explain(
             "No policy helps here: "
             + (
                 "computation, not loading, sets the pace."
-                if baseline.tokens_per_s > (1 - _NOT_WORTH_IT) * limit
+                if baseline.stall_s < _NOT_WORTH_IT * baseline.time.total_s
                 else "buy link or memory."
             )
         )
@@ -145,9 +145,7 @@ def explain(
 
 def _headline(best: Result, baseline: Result) -> str:
     if best is baseline:
-        return (
-            f"No policy beats loading every expert on demand ({baseline.tokens_per_s:.1f} tokens/s)."
-        )
+        return f"No policy beats loading every expert on demand ({baseline.tokens_per_s:.1f} tokens/s)."
     return (
         f"{best.label} is predicted at {best.tokens_per_s:.1f} tokens/s, "
         f"{best.tokens_per_s / baseline.tokens_per_s:.2f}× loading every expert on demand "
@@ -158,9 +156,7 @@ def _headline(best: Result, baseline: Result) -> str:
 def _runner_up(best: Result, second: Result) -> str:
     margin = _gain(best, second)
     close = ": too close to call." if margin < _NOT_WORTH_IT else "."
-    return (
-        f"Runner-up: {second.label} at {second.tokens_per_s:.1f} tokens/s, {margin:.1%} behind{close}"
-    )
+    return f"Runner-up: {second.label} at {second.tokens_per_s:.1f} tokens/s, {margin:.1%} behind{close}"
 
 
 def _ratio_line(best: Result) -> str:

@@ -178,7 +178,10 @@ class _Rows:
         self.demand = np.asarray([demand.get(place, 0) for place in places], dtype=np.float64)
         self.prefetch = np.asarray([prefetch.get(place, 0) for place in places], dtype=np.float64)
         # A layer's mixer runs while (or after) the loads of the event before it.
-        self.before = np.r_[0.0, (self.demand + self.prefetch)[:-1]]
+        # Rows of whole passes stand between a pass's last layer and the next one's first.
+        is_layer = ~self.is_whole
+        self.before = np.zeros(len(places))
+        self.before[is_layer] = np.r_[0.0, (self.demand + self.prefetch)[is_layer]][:-1]
 
     def layers(self, phase: str) -> np.ndarray:
         return (self.phase == phase) & ~self.is_whole

@@ -102,6 +102,9 @@ class Link:
         copy.is_cancelled = True
         if copy in self._prefetch:
             self._prefetch.remove(copy)
+            if copy.start_s >= 0:  # interrupted: what it moved was moved
+                copy.end_s = self._env.now
+                self.ended.append(copy)
 
     def arrived(self) -> list[_Copy]:
         """Prefetches that ended since the last call."""
@@ -124,7 +127,8 @@ class Link:
             # Under compute the same bytes take longer; the profile says by how much.
             yield self._env.timeout(chunk_s * (self._busy_ratio if self.is_computing else 1.0))
             copy.left_s -= chunk_s
-            if copy.left_s > 1e-12 and self._demand and not copy.is_urgent:
+            must_yield = bool(self._demand) and not (copy.is_urgent or copy.is_cancelled)
+            if copy.left_s > 1e-12 and must_yield:
                 self._prefetch.appendleft(copy)
                 return
         copy.end_s = self._env.now
@@ -224,10 +228,13 @@ class Simulation:
         for number, wave in enumerate(answer.waves):
             copies = self._link.submit(step.step, wave.loads)
             if number == last:
-                prefetches = self._prefetch(step, event)
+                loads = self._predicted(step, event)
+                prefetches = len(loads)
                 if self._charges_lookahead:
                     lookahead_s = costs.lookahead_s(phase, step.tokens, prefetches)
                     yield from self._compute(laps, "lookahead_s", lookahead_s)
+                for copy in self._link.submit(step.step, loads):
+                    self._flying[copy.key] = copy
             yield from self._wait(laps, copies, wave.late)
             share = len(wave.experts) / max(1, len(event.experts))
             yield from self._compute(laps, "experts_s", total_experts_s * share)
@@ -235,17 +242,14 @@ class Simulation:
         self._recent_loads = answer.misses + prefetches
         self._write(step, event.layer, start, laps, len(event.experts), len(answer.waves))
 
-    def _prefetch(self, step: StepDemand, event: EventDemand) -> int:
+    def _predicted(self, step: StepDemand, event: EventDemand) -> list[Load]:
         groups = {d: event.lookahead[d] for d in event.lookahead if d <= self._depth}
-        loads = self._core.predict(step.step, event.layer, Signals(groups))
-        for copy in self._link.submit(step.step, loads):
-            self._flying[copy.key] = copy
-        return len(loads)
+        return self._core.predict(step.step, event.layer, Signals(groups))
 
     def _compute(
         self, laps: dict[str, float], name: str, seconds: float
     ) -> Generator[simpy.Event, Any, None]:
-        self._link.is_computing = True
+        self._link.is_computing = seconds > 0
         yield self._env.timeout(seconds)
         self._link.is_computing = False
         laps[name] += seconds
@@ -290,8 +294,9 @@ class Simulation:
         )
 
     def _copy_row(self, copy: _Copy) -> CopyRow:
-        moved = self._shape.expert_bytes * (1.0 - copy.left_s / self._costs.copy_s)
-        num_bytes = self._shape.expert_bytes if not copy.is_cancelled else round(moved)
+        num_bytes = self._shape.expert_bytes
+        if copy.is_cancelled and self._costs.copy_s:
+            num_bytes = round(num_bytes * (1.0 - copy.left_s / self._costs.copy_s))
         return CopyRow(
             copy.key,
             copy.why,

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..tracer.errors import TraceError
 from ..tracer.schema import WHOLE_STEP
-from ..tracer.store import Trace
+from ..tracer.store import NO_EXPERT, Trace
 from ..tracer.types import ExpertKey, Phase
 
 
@@ -86,13 +86,18 @@ def workload_of(trace: Trace) -> Workload:
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         number, place = int(step[start]), int(layer[start])
         ahead = {
-            depth: ids[start:end].tolist()
+            depth: _predicted(ids[start:end])
             for depth, ids in lookahead.items()
             if place + depth < trace.shape.num_moe_layers
         }
         distinct = tuple(np.unique(experts[start:end]).tolist())
         events.setdefault(number, []).append(EventDemand(place, distinct, ahead))
     return _assemble(trace, events, _tokens_of(rows))
+
+
+def _predicted(ids: np.ndarray) -> list[list[int]]:
+    """One group per token that has a prediction."""
+    return ids[(ids != NO_EXPERT).all(axis=1)].tolist()
 
 
 def _tokens_of(rows: object) -> dict[int, tuple[int, ...]]:
@@ -127,6 +132,11 @@ def _assemble(
                 sequences=sequences.get(number, ()),
                 events=tuple(events.get(number, ())),
             )
+        )
+    if not steps:
+        raise TraceError(
+            f"{trace.path} holds no times of whole passes (table steps); nothing can be replayed. "
+            "Record the trace again."
         )
     steps.sort(key=lambda step: step.step)
     prompts = trace.table("sequences", columns=["sequence", "prompt_tokens"]).to_pydict()

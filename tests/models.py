@@ -119,9 +119,7 @@ def tiny(family: str = "olmoe", **changes: int) -> Path:
 
 def write_prompts(path: Path, texts: Iterable[str]) -> Path:
     """A .jsonl file of prompts."""
-    rows = (
-        {"id": f"p{n}", "domain": "ab"[n % 2], "text": text} for n, text in enumerate(texts)
-    )
+    rows = ({"id": f"p{n}", "domain": "ab"[n % 2], "text": text} for n, text in enumerate(texts))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

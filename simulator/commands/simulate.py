@@ -32,14 +32,16 @@ def simulate(
     from ...tracer.store import Trace
     from ..budget import parse_budget
     from ..forecast import forecaster
-    from ..policy.spec import make_spec, read_policy
+    from ..policy.spec import check_shape, make_spec, read_policy
     from ..report import result_rows
     from ..split import split_by_batch
 
     opened = Trace.open(trace)
     ready = forecaster(opened, link=LinkSpec.parse(link) if link else None)
     if policy is not None:
-        spec = read_policy(policy).behaviour
+        chosen = read_policy(policy)
+        check_shape(chosen.shape, opened.shape)
+        spec = chosen.behaviour
     else:
         learn, _ = split_by_batch(ready.workload)
         spec = make_spec(

@@ -8,7 +8,7 @@ demanded together, and none may evict another. An event larger than its pool run
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...tracer.types import ExpertKey
@@ -157,6 +157,7 @@ class Residency:
         waves: list[Wave] = []
         present = [*hits, *late]
         todo = misses
+        outcomes = dict.fromkeys(hits, "hit") | dict.fromkeys(late, "late")
         while present or todo:
             room = capacity - len(present)
             fetched, todo = todo[:room], todo[room:]
@@ -165,7 +166,7 @@ class Residency:
             loads = [self._load(step, pool, key, protected, cancels) for key in fetched]
             slots = tuple(self._resident[key] for key in members)
             waves.append(Wave(tuple(k.expert for k in members), slots, tuple(loads), tuple(late)))
-            self._log_wave(step, len(waves) - 1, members, slots, hits, late)
+            self._log_wave(step, len(waves) - 1, members, slots, outcomes)
             for load in loads:
                 self._log_load(step, load)
             present, late = [], []
@@ -218,11 +219,10 @@ class Residency:
         wave: int,
         members: Iterable[ExpertKey],
         slots: Iterable[int],
-        hits: list[ExpertKey],
-        late: list[ExpertKey],
+        outcomes: Mapping[ExpertKey, str],
     ) -> None:
         if self.log is None:
             return
         for key, slot in zip(members, slots, strict=True):
-            outcome = "hit" if key in hits else "late" if key in late else "miss"
+            outcome = outcomes.get(key, "miss")
             self.log.append(Entry("event", step, *key, slot, wave=wave, detail=outcome))

@@ -190,7 +190,10 @@ def write_policy(path: Path, policy: PolicyFile) -> None:
 
 def read_policy(path: Path) -> PolicyFile:
     """Read and check `policy.json`. Raises PolicyError."""
-    document = read_json(path, PolicyError)
+    try:
+        document = read_json(path, PolicyError)
+    except RecursionError:
+        raise PolicyError(f"{path} is not readable JSON: nested too deep.") from None
     found = document.get("format") if isinstance(document, dict) else None
     if found != POLICY_FORMAT:
         raise PolicyError(
@@ -209,3 +212,14 @@ def read_policy(path: Path) -> PolicyFile:
             "again, or pass the members to `simulate`."
         )
     return policy
+
+
+def check_shape(made_for: ModelShape, found: ModelShape) -> None:
+    """Refuse a policy made for another model. Raises PolicyError naming what differs."""
+    for name in ("num_moe_layers", "num_experts", "top_k"):
+        wanted, got = getattr(made_for, name), getattr(found, name)
+        if wanted != got:
+            raise PolicyError(
+                f"The policy was made for {made_for.model_id} ({name} {wanted}), but "
+                f"{found.model_id} has {got}. Tune on a trace of this model."
+            )

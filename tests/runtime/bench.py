@@ -30,6 +30,8 @@ NEW_TOKENS = 5
 SIZES = (1, 4)
 SLOW = LinkSpec.parse("20MB/s+20us")
 """A copy takes as long as a layer: prefetches come late."""
+CRAWLING = LinkSpec.parse("4MB/s")
+"""A copy takes longer than a layer: prefetches pile up and are given up."""
 
 
 def deployable(registry) -> list[str]:
@@ -119,9 +121,15 @@ class Bench:
         return workload_of(Trace.open(request.out))
 
     def _run(
-        self, slots: int, cache: str, allocation: str, predictor: str, size: int, link: bool = False
+        self,
+        slots: int,
+        cache: str,
+        allocation: str,
+        predictor: str,
+        size: int,
+        link: LinkSpec | None = None,
     ) -> Run:
-        self.machine.link = SLOW if link else None
+        self.machine.link = link
         with self.machine.session(self.spec(slots, cache, allocation, predictor)) as session:
             outputs = generate_all(
                 self.loaded,

@@ -5,10 +5,10 @@ import itertools
 import pytest
 from expertflow.simulator.policy.replay import replay
 
-from tests.runtime.bench import ALLOCATIONS, CACHES, PREDICTORS, SIZES
+from tests.runtime.bench import ALLOCATIONS, CACHES, CRAWLING, PREDICTORS, SIZES, SLOW
 
-BUDGETS = (1, 2, 3, 4, 5, 8, 12, 17, 23, 24)
-"""One slot, two (one token's experts), one per layer, one layer's experts (8), half, all."""
+BUDGETS = (1, 2, 3, 8, 13, 24)
+"""One slot, one token's experts, one per layer, one layer's experts, half (and one over), all."""
 POLICIES = list(itertools.product(CACHES, ALLOCATIONS, PREDICTORS))
 
 
@@ -46,10 +46,10 @@ def test_simulated_log_of_the_same_routing_is_the_real_one(bench, slots, size):
         assert len(real) == len(simulated)
 
 
-@pytest.mark.parametrize("slots", [1, 8, 12, 23])
+@pytest.mark.parametrize("slots", [3, 8, 12])
 def test_text_and_replay_hold_when_prefetches_come_late(bench, slots):
     for cache, allocation in itertools.product(CACHES, ALLOCATIONS):
-        run = bench.run(slots, cache, allocation, "gate_lookahead", 1, link=True)
+        run = bench.run(slots, cache, allocation, "gate_lookahead", 1, link=SLOW)
 
         report = replay(
             run.log, bench.spec(slots, cache, allocation, "gate_lookahead"), bench.shape
@@ -59,16 +59,28 @@ def test_text_and_replay_hold_when_prefetches_come_late(bench, slots):
         assert report.is_exact, report.first_difference
 
 
-def test_late_hits_and_cancels_do_occur_on_a_slow_link(bench):
-    """Else the test above would show nothing."""
-    runs = [bench.run(slots, "lru", "global", "gate_lookahead", 1, link=True) for slots in (8, 12)]
-    runs += [bench.run(slots, "lru", "equal", "gate_lookahead", 4, link=True) for slots in (12, 17)]
+@pytest.mark.parametrize("slots", [12, 17])
+def test_text_and_replay_hold_when_prefetches_are_given_up(bench, slots):
+    run = bench.run(slots, "lru", "equal", "gate_lookahead", 4, link=CRAWLING)
+
+    report = replay(run.log, bench.spec(slots, "lru", "equal", "gate_lookahead"), bench.shape)
+
+    assert run.texts == bench.resident[4]
+    assert report.is_exact, report.first_difference
+
+
+def test_lates_and_cancels_do_occur_in_these_runs(bench):
+    """Else the tests above would show nothing."""
+    runs = [bench.run(12, "lru", "global", "gate_lookahead", 1, link=SLOW)]
+    runs += [
+        bench.run(slots, "lru", "equal", "gate_lookahead", 4, link=CRAWLING) for slots in (12, 17)
+    ]
 
     details = {entry.detail for run in runs for entry in run.log}
     kinds = {entry.kind for run in runs for entry in run.log}
 
     assert {"hit", "late", "miss", "prefetch", "demand"} <= details
-    assert {"event", "load", "predict", "loaded", "release"} <= kinds
+    assert {"event", "load", "predict", "loaded", "release", "cancel"} <= kinds
 
 
 def test_sequences_end_early_in_these_runs(bench):

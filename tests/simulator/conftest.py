@@ -2,7 +2,7 @@
 
 # ruff: noqa: E402
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
@@ -69,12 +69,21 @@ def machine() -> Callable[..., CostModel]:
 def steps_of() -> Callable[..., Workload]:
     """A workload from experts by step and layer: one sequence, a prefill step, then decode steps.
 
-    `lookahead` gives every event a look-ahead group with the truth of the next layer.
+    `lookahead` gives every event a look-ahead group with the truth of the next layer; `guesses` sets
+    the group of an event by (step, layer).
     """
 
-    def build(steps: Sequence[Events], *, experts: int = 8, lookahead: bool = False) -> Workload:
-        def event(step: Events, layer: int) -> EventDemand:
+    def build(
+        steps: Sequence[Events],
+        *,
+        experts: int = 8,
+        lookahead: bool = False,
+        guesses: Mapping[tuple[int, int], Sequence[int]] | None = None,
+    ) -> Workload:
+        def event(number: int, step: Events, layer: int) -> EventDemand:
             ahead = {1: [list(step[layer + 1])]} if lookahead and layer + 1 < len(step) else {}
+            if guesses and (number, layer) in guesses:
+                ahead = {1: [list(guesses[number, layer])]}
             return EventDemand(layer, tuple(sorted(step[layer])), ahead)
 
         return Workload(
@@ -86,7 +95,7 @@ def steps_of() -> Callable[..., Workload]:
                     tokens=1 if number else 4,
                     context=4 + number,
                     sequences=(0,),
-                    events=tuple(event(step, layer) for layer in range(len(step))),
+                    events=tuple(event(number, step, layer) for layer in range(len(step))),
                 )
                 for number, step in enumerate(steps)
             ),
@@ -94,7 +103,7 @@ def steps_of() -> Callable[..., Workload]:
             batch_size=1,
             num_layers=len(steps[0]) if steps else 1,
             num_experts=experts,
-            lookahead=int(lookahead),
+            lookahead=int(lookahead or bool(guesses)),
         )
 
     return build

@@ -69,7 +69,7 @@ def situations(draw: st.DrawFn) -> tuple[PolicySpec, int, int, list[ScriptedEven
     return spec, layers, experts, draw(scripts(layers, experts))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(situations())
 def test_any_events_are_served_safely_and_the_log_replays(situation):
     spec, layers, experts, script = situation
@@ -82,7 +82,7 @@ def test_any_events_are_served_safely_and_the_log_replays(situation):
     assert len(demanded) == len(set(demanded)) == sum(len(event.experts) for event in script)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(situations())
 def test_loading_experts_lose_their_slot_to_a_cancel_alone(situation):
     spec, layers, experts, script = situation
@@ -101,7 +101,7 @@ def test_loading_experts_lose_their_slot_to_a_cancel_alone(situation):
             loading = {slot: held for slot, held in loading.items() if held != key}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(situations())
 def test_a_changed_log_is_caught(situation):
     spec, layers, experts, script = situation
@@ -423,7 +423,7 @@ def test_real_routing_reuses_experts_of_the_token_before(real_routing):
 
 
 def test_caches_rank_on_real_routing_as_theory_says(real_routing):
-    ids = real_routing[0][:2000]
+    ids = real_routing[0][:1500]
     demanded = list(layer_events(ids))
     keys = [tuple(ExpertKey(layer, e) for e in experts) for _, layer, experts in demanded]
     rates: dict[str, float] = {}
@@ -446,7 +446,7 @@ def test_caches_rank_on_real_routing_as_theory_says(real_routing):
 
 
 def test_lru_on_real_routing_agrees_with_the_simplest_program_for_it(real_routing):
-    ids = real_routing[0][:2000]
+    ids = real_routing[0][:1500]
     rows = np.sort(ids[:, 11], axis=1).tolist()
     core = make_spec(slots=8, cache="lru").build(tiny_shape(1, 32, 4))
 

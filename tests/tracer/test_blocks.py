@@ -1,5 +1,6 @@
 """Packed blocks, the slot arena, and computing on slots: every byte kept, every bit the same."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +252,7 @@ def partitions(draw, items):
     order = draw(st.permutations(items))
     cuts = sorted(draw(st.sets(st.integers(1, max(1, len(items) - 1)), max_size=len(items))))
     edges = [0, *[cut for cut in cuts if cut < len(items)], len(items)]
-    return [order[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [order[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @settings(max_examples=25, deadline=None)

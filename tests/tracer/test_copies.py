@@ -203,9 +203,7 @@ def test_slot_of_a_cancelled_copy_can_be_used_at_once(make_engine):
     ),
 )
 def test_last_copy_into_every_slot_wins_whatever_was_cancelled_before(actions):
-    engine = ThreadCopyEngine(
-        time.perf_counter, link=LinkSpec("x", 2e8, 0.0), chunk_bytes=1024
-    )
+    engine = ThreadCopyEngine(time.perf_counter, link=LinkSpec("x", 2e8, 0.0), chunk_bytes=1024)
     slots = [torch.zeros(4096, dtype=torch.uint8) for _ in range(4)]
     last: dict[int, Copy] = {}
     try:

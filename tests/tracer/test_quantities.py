@@ -72,7 +72,14 @@ def test_sizes_are_shown_in_their_unit(num_bytes, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0, "0 s"), (2.0, "2 s"), (0.0125, "12.5 ms"), (3e-6, "3 µs"), (4e-8, "40 ns"), (3600.0, "3600 s")],
+    [
+        (0.0, "0 s"),
+        (2.0, "2 s"),
+        (0.0125, "12.5 ms"),
+        (3e-6, "3 µs"),
+        (4e-8, "40 ns"),
+        (3600.0, "3600 s"),
+    ],
 )
 def test_durations_are_shown_in_their_unit(seconds, text):
     assert format_seconds(seconds) == text

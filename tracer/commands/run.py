@@ -57,6 +57,7 @@ def run(
     Example: expertflow-trace run --out traces/mine --limit 24
     """
     from ..tracing import TraceRequest, trace_run
+    from ..writer import partial_path
 
     request = TraceRequest(
         out=out,
@@ -79,10 +80,12 @@ def run(
     try:
         manifest, summary = trace_run(request, progress=progress, say=say)
     except KeyboardInterrupt:
-        say(
-            f"Interrupted. What was recorded is in {out}.partial; "
-            f"keep it with `expertflow-trace check {out} --salvage SALVAGED`."
-        )
+        partial = partial_path(out)
+        if partial.exists():
+            say(
+                f"Interrupted. What was recorded is in {partial}; "
+                f"keep it with `expertflow-trace check {partial} --salvage SALVAGED`."
+            )
         raise
     if as_json:
         print_json({"format": "expertflow.run/1", "trace": str(out), **summary})

@@ -1,0 +1,293 @@
+"""Choosing: the fastest of what was tried, judged on what it did not learn from, and said plainly."""
+
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+from expertflow.simulator.choose import candidates, tune
+from expertflow.simulator.forecast import Forecaster, forecaster
+from expertflow.simulator.policy.spec import make_spec
+from expertflow.simulator.split import split_by_batch
+from expertflow.simulator.workload import workload_of
+from expertflow.tracer.errors import TraceError, UsageError
+from expertflow.tracer.quantities import LinkSpec
+from expertflow.tracer.store import Trace
+from expertflow.tracer.synthetic import synthetic_trace
+
+SLOTS = 32  # of 64
+
+
+def steady(ready: Forecaster) -> Forecaster:
+    """Without the policies' own time, which is measured anew on each run of the tests."""
+    return replace(ready, decision_is_measured=True)
+
+
+@pytest.fixture(scope="module")
+def ready(trace) -> Forecaster:
+    return steady(forecaster(trace))
+
+
+@pytest.fixture(scope="module")
+def choice(ready):
+    return tune(ready, budget="0.5", slots=SLOTS, advance=lambda _: None)
+
+
+def test_the_fastest_candidate_is_chosen(choice):
+    speeds = [result.tokens_per_s for result in choice.tuning.candidates]
+
+    assert speeds == sorted(speeds, reverse=True)
+    assert choice.predicted.tokens_per_s == max(speeds)
+    assert choice.tuning.chosen == choice.predicted.label == choice.tuning.candidates[0].label
+    assert choice.tuning.runner_up == choice.tuning.candidates[1].label
+    assert choice.spec.label == choice.predicted.label
+
+
+def test_all_members_the_trace_can_feed_are_tried(choice):
+    tried = {
+        (r.policy["cache"], r.policy["allocation"], r.policy["predictor"])
+        for r in choice.tuning.candidates
+    }
+
+    assert len(tried) == len(choice.tuning.candidates) == 4 * 2 * 2
+
+
+def test_progress_counts_every_candidate(ready):
+    counted: list[int] = []
+
+    tune(ready, budget="0.5", slots=SLOTS, advance=counted.append)
+
+    assert sum(counted) == 16
+
+
+def test_policies_are_judged_on_batches_they_did_not_learn_from(ready, choice):
+    learn, judge = split_by_batch(ready.workload)
+    judged = replace(ready, workload=judge)
+
+    assert not {s.step for s in learn.steps} & {s.step for s in judge.steps}
+    assert not set(learn.prompt_tokens) & set(judge.prompt_tokens)
+    for result, spec in (
+        (judged.predict(spec, with_bounds=False), spec)
+        for spec in candidates(SLOTS, learn.popularity(), lookahead=1)
+    ):
+        (told,) = [c for c in choice.tuning.candidates if c.label == spec.label]
+        assert told.tokens_per_s == result.tokens_per_s
+        assert told.policy_hash == result.policy_hash
+
+
+def test_chosen_policy_is_given_what_the_whole_trace_teaches(ready, choice):
+    learn, _ = split_by_batch(ready.workload)
+
+    assert choice.spec.cache.name == "static"
+    assert choice.spec.cache.params["popularity"] == ready.workload.popularity()
+    assert choice.spec.cache.params["popularity"] != learn.popularity()
+
+
+def test_a_single_batch_is_learned_from_and_judged_on(tmp_path):
+    one = synthetic_trace(tmp_path / "t", sequences=2, batch_size=2, new_tokens=4)
+    workload = workload_of(one)
+
+    assert split_by_batch(workload) == (workload, workload)
+
+
+def test_no_candidate_beats_its_bounds(ready, choice):
+    _, judge = split_by_batch(ready.workload)
+    judged = replace(ready, workload=judge)
+    belady = choice.tuning.bounds[0]
+
+    assert belady.policy["cache"] == "belady"
+    for candidate in choice.tuning.candidates:
+        bounds = judged.bounds(
+            make_spec(slots=SLOTS, allocation=candidate.policy["allocation"]), candidate
+        )
+        assert candidate.tokens_per_s <= bounds.link_tokens_per_s
+        assert candidate.tokens_per_s <= bounds.all_resident_tokens_per_s
+        assert 0 < bounds.share_of_best <= 1
+        if candidate.policy["predictor"] == "none":
+            assert candidate.hit_rate <= bounds.belady_hit_rate
+            assert candidate.tokens_per_s <= bounds.belady_tokens_per_s
+    assert max(b.tokens_per_s for b in choice.tuning.bounds) >= choice.predicted.tokens_per_s
+
+
+def test_bounds_are_never_candidates(choice):
+    members = {r.policy["cache"] for r in choice.tuning.candidates}
+    predictors = {r.policy["predictor"] for r in choice.tuning.candidates}
+
+    assert "belady" not in members
+    assert "oracle" not in predictors
+    assert {r.policy["predictor"] for r in choice.tuning.bounds} == {"none", "oracle"}
+
+
+def test_curve_rises_to_everything_and_belady_is_on_top(choice):
+    curve: dict[str, list[float]] = {}
+    for point in choice.tuning.curve:
+        curve.setdefault(point.cache, []).append(point.hit_rate)
+
+    assert curve["static"][-1] == curve["belady"][-1] == 1.0
+    for name in ("lru", "lfu", "static"):
+        assert all(h <= b for h, b in zip(curve[name], curve["belady"], strict=True))
+    assert {p.cache for p in choice.tuning.curve if p.is_bound} == {"belady"}
+
+
+# --- words -------------------------------------------------------------------------------------
+
+
+def test_declared_link_is_said_not_to_be_measured(ready, choice):
+    text = " ".join(choice.tuning.explanation)
+
+    assert ready.link_origin == "declared"
+    assert "The link is declared (declared PCIe 4.0 x16), not a measured bus." in text
+
+
+def test_emulated_link_is_said_not_to_be_measured_and_a_measured_one_is_not(ready):
+    emulated = replace(ready, link_origin="emulated", link="8GB/s+10us")
+    measured = replace(ready, link_origin="measured")
+
+    told = [
+        " ".join(tune(f, budget="0.5", slots=SLOTS, advance=lambda _: None).tuning.explanation)
+        for f in (emulated, measured)
+    ]
+
+    assert "The link is emulated (8GB/s+10us), not a measured bus." in told[0]
+    assert "not a measured bus" not in told[1]
+
+
+def test_link_given_by_hand_is_declared(trace):
+    ready = forecaster(trace, link=LinkSpec.parse("2GB/s+10us"))
+
+    assert (ready.link, ready.link_origin) == ("2GB/s+10us", "declared")
+    assert ready.costs.copy_s == pytest.approx(10e-6 + (4 << 20) / 2e9)
+
+
+def test_free_link_is_said_to_need_no_policy(ready):
+    costs = replace(ready.costs, copy_s=0.0, busy_copy_s=0.0, wake_s=0.0)
+
+    choice = tune(replace(ready, costs=costs), budget="0.5", slots=SLOTS, advance=lambda _: None)
+
+    text = " ".join(choice.tuning.explanation)
+    assert "No policy beats loading every expert on demand" in text
+    assert "No policy helps here: computation, not loading, sets the pace." in text
+    assert "too close to call" in text
+    # On a tie the simplest wins.
+    assert choice.spec.label == f"none @ {SLOTS} slots"
+
+
+def test_link_without_hope_is_said_to_need_link_or_memory(ready):
+    # Slots for less than one event, and a predictor that is never right: every policy waits alike.
+    hopeless = replace(
+        ready,
+        workload=replace(ready.workload, lookahead=0),
+        costs=replace(ready.costs, copy_s=1.0, busy_copy_s=1.0),
+    )
+
+    choice = tune(hopeless, budget="1slot", slots=1, advance=lambda _: None)
+
+    text = " ".join(choice.tuning.explanation)
+    assert "No policy helps here: buy link or memory." in text
+    assert "computation" not in text
+
+
+def test_explanation_names_the_gain_the_bounds_and_the_ratio(choice):
+    text = " ".join(choice.tuning.explanation)
+
+    for words in ("loading every expert on demand", "Runner-up", "Belady", "r = ", "Peak device"):
+        assert words in text
+
+
+def test_slots_below_one_event_are_said_to_be_too_few(ready):
+    choice = tune(ready, budget="4slots", slots=4, advance=lambda _: None)
+
+    assert any("raise the budget" in line for line in choice.tuning.explanation)
+    assert choice.predicted.slots_ratio > 1
+
+
+# --- forecasts ---------------------------------------------------------------------------------
+
+
+def test_forecast_counts_every_demand_and_token(trace, ready):
+    result = ready.predict(make_spec(slots=SLOTS))
+    routing = trace.table("routing").to_pandas()
+    distinct = routing.explode("experts").drop_duplicates(["step", "layer", "experts"])
+
+    assert result.source == "predicted"
+    assert result.prefill.demanded + result.decode.demanded == len(distinct)
+    assert result.decode.tokens == 8 * 11
+    assert result.hit_rate + result.late_rate + result.miss_rate == pytest.approx(1.0)
+    assert result.memory.slots == SLOTS * trace.shape.expert_bytes
+
+
+def test_forecasts_of_a_steady_machine_repeat_to_the_last_bit(ready):
+    spec = make_spec(slots=SLOTS, predictor="gate_lookahead")
+
+    assert ready.predict(spec) == ready.predict(spec)
+
+
+def test_policys_own_time_is_measured_and_charged(trace):
+    result = forecaster(trace).predict(make_spec(slots=SLOTS), with_bounds=False)
+
+    assert result.time.decision_s > 0
+
+
+def test_everything_resident_needs_no_loads_after_the_first(ready):
+    result = ready.predict(make_spec(slots=64, cache="static", popularity=[[1] * 16] * 4))
+
+    assert result.hit_rate == 1.0
+    assert result.stall_s == 0.0
+    # What is left is the read-back of the router's choice, which a resident model does without.
+    resident_s = result.time.total_s - result.time.readback_s
+    assert result.bounds.all_resident_tokens_per_s == pytest.approx(
+        result.tokens_per_s * result.time.total_s / resident_s
+    )
+
+
+def test_predictor_without_its_signals_is_refused_with_the_next_step(tmp_path):
+    plain = forecaster(synthetic_trace(tmp_path / "t", lookahead=0, new_tokens=2))
+    spec = make_spec(slots=8, predictor="gate_lookahead", predictor_params={"depth": 2})
+
+    with pytest.raises(UsageError, match=r"recorded 0\. Trace again with --lookahead 2"):
+        plain.predict(spec)
+    assert len(candidates(8, plain.workload.popularity(), lookahead=0)) == 8
+
+
+class _TraceOf(Trace):
+    """A trace some of whose rows were changed on the way in."""
+
+    def __init__(self, trace: Trace, table: str, rows: pa.Table) -> None:
+        super().__init__(trace.path, trace.manifest)
+        self._changed = {table: rows}
+
+    def table(self, name, columns=None, filters=None):
+        if name in self._changed:
+            rows = self._changed[name]
+            return rows.select(list(columns)) if columns is not None else rows
+        return super().table(name, columns, filters)
+
+
+def test_tokens_without_a_prediction_predict_nothing(trace):
+    rows = trace.table("routing")
+    place = rows.schema.get_field_index("lookahead_1")
+    mask = pa.array([number % 3 == 0 for number in range(len(rows))])
+    kept = rows["lookahead_1"].to_pylist()
+    holes = pa.array(
+        [None if hole else ids for hole, ids in zip(mask.to_pylist(), kept, strict=True)],
+        type=rows.schema.field(place).type,
+    )
+    changed = _TraceOf(trace, "routing", rows.set_column(place, rows.schema.field(place), holes))
+
+    found = workload_of(changed)
+
+    ids = [
+        expert
+        for step in found.steps
+        for event in step.events
+        for group in event.lookahead.get(1, ())
+        for expert in group
+    ]
+    assert ids
+    assert max(ids) < trace.shape.num_experts
+
+
+def test_trace_without_times_is_refused(trace):
+    changed = _TraceOf(trace, "steps", trace.table("steps").slice(0, 0))
+
+    with pytest.raises(TraceError, match="no times of whole passes"):
+        workload_of(changed)
