@@ -23,10 +23,12 @@ from expertflow.tracer.quantities import LinkSpec
 from expertflow.tracer.store import Trace
 from expertflow.tracer.tracing import TraceRequest, trace_run
 
-from tests.models import TEXTS, tiny, write_prompts
+from tests.models import TEXTS as ALL_TEXTS
+from tests.models import tiny, write_prompts
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 5
+TEXTS = ALL_TEXTS[:5]
 SIZES = (1, 4)
 SLOW = LinkSpec.parse("20MB/s+20us")
 """A copy takes as long as a layer: prefetches come late."""

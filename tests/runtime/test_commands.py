@@ -199,7 +199,7 @@ def test_policy_that_does_not_fit_exits_4_with_the_numbers(capsys, bench, policy
 def test_deploy_leaves_out_the_prompts_the_policy_was_tuned_on(capsys, bench, tmp_path):
     from expertflow.tracer.prompts import read_prompts
 
-    seen = [prompt.sha256 for prompt in read_prompts(bench.prompts_file)[:4]]
+    seen = [prompt.sha256 for prompt in read_prompts(bench.prompts_file)[:3]]
     evidence = {"prompt_sha256": seen}
     policy = bench.policy_file(tmp_path / "p.json", bench.spec(9), evidence=evidence)
 

@@ -1,9 +1,11 @@
 """The reference engine on a virtual clock: timelines worked out by hand, and what holds for any run."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from expertflow.simulator.account import RunRecord
+from expertflow.simulator.costs import Linear
 from expertflow.simulator.engine import predicted_memory, simulate
 from expertflow.simulator.policy.checked import tiny_shape
 from expertflow.simulator.policy.registry import allocations, caches, predictors
@@ -112,6 +114,20 @@ def test_decision_and_lookahead_are_charged(machine, steps_of):
     columns = record.steps
     assert columns["decision_s"][:2] == [0.5, 0.5]
     assert columns["lookahead_s"][:2] == [0.25, 0.25]
+
+
+def test_loads_of_the_event_before_weigh_on_the_next_mixer(machine, steps_of):
+    costs = machine()
+    phase = replace(costs.decode, mixer=Linear((1.0, 0.0, 0.0, 0.5)))
+    costs = replace(costs, prefill=phase, decode=phase)
+    spec = make_spec(slots=16, predictor="gate_lookahead")
+    workload = steps_of([[(0, 1), (2,)], [(0,), (2,)]], guesses={(0, 0): (4, 5, 6)})
+
+    columns = simulate(workload, spec, tiny_shape(2, 8), costs).steps
+
+    layers = [place for place, layer in enumerate(columns["layer"]) if layer != WHOLE_STEP]
+    # Before: nothing; 2 demanded and 3 prefetched; 1 demanded, one pass ago; nothing.
+    assert [columns["mixer_s"][place] for place in layers] == [1.0, 3.5, 1.5, 1.0]
 
 
 def test_a_run_without_a_predictor_pays_no_lookahead(machine, steps_of):
