@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..simulator.account import RunRecord, largest_waves
-from ..simulator.costs import CostModel, fit_costs
+from ..simulator.costs import CostModel, as_one_walk, fit_costs
 from ..simulator.policy.log import Entry
 from ..simulator.policy.spec import PolicySpec, make_spec
 from ..tracer.generate import Prompt
@@ -27,23 +27,28 @@ Places = Counter[tuple[int, int]]
 
 
 def calibration_specs(shape: ModelShape, popularity: Sequence[Sequence[int]]) -> list[PolicySpec]:
-    """Runs that between them show every cost: all hits, all misses in waves, and prefetches.
+    """Runs that between them show every cost of demand loading: all hits, all misses, waves.
 
     Their sizes are odd shares on purpose: nobody asks for them, so no judged run repeats one.
     """
     total = shape.total_experts
     return [
         make_spec(slots=total, cache="static", popularity=popularity),
-        make_spec(slots=max(1, round(0.44 * total)), cache="none"),
+        make_spec(slots=max(1, round(0.94 * total)), cache="none"),
         make_spec(slots=max(1, round(0.31 * total)), cache="lru"),
     ]
 
 
-def prefetch_spec(shape: ModelShape) -> PolicySpec:
-    """The calibration run that shows the cost of predicting and of a busy link."""
-    return make_spec(
-        slots=max(1, round(0.56 * shape.total_experts)), cache="lru", predictor="gate_lookahead"
-    )
+def prefetch_specs(shape: ModelShape) -> list[PolicySpec]:
+    """Calibration runs that show the cost of predicting, and of copies beside compute."""
+    return [
+        make_spec(
+            slots=max(1, round(share * shape.total_experts)),
+            cache="lru",
+            predictor="gate_lookahead",
+        )
+        for share in (0.56, 0.19)
+    ]
 
 
 def memory_points(
@@ -67,23 +72,25 @@ def memory_points(
 
 
 def calibrate(
-    records: Sequence[RunRecord],
+    runs: Sequence[tuple[PolicySpec, RunRecord]],
     *,
     shape: ModelShape,
+    group_s: float,
     link_name: str,
     memory: tuple[MemoryPoint, ...],
     chunk_bytes: int,
 ) -> CostModel:
     """Fit a machine to the raw rows of calibration runs."""
-    steps, demand, prefetch = _joined(records)
+    steps, demand, prefetch = _joined([record for _, record in runs])
     copy_s, wake_s = _link_seconds(steps, demand, prefetch)
+    walked, _, _ = _joined([_one_walk(spec, record, shape, group_s) for spec, record in runs])
     busy = [
         copy.end_s - copy.start_s
-        for record in records
+        for _, record in runs
         for copy in record.copies
         if copy.why == "prefetch"
     ]
-    busy_s = float(np.mean(busy)) if busy else copy_s
+    busy_s = float(np.median(busy)) if busy else copy_s
     curves = tuple(
         LinkCurve(pinned=pinned, busy=is_busy, points=((shape.expert_bytes, seconds),))
         for pinned in (True, False)
@@ -92,7 +99,22 @@ def calibrate(
     profile = LinkProfile(
         name=link_name, origin="measured", curves=curves, wake_s=wake_s, chunk_bytes=chunk_bytes
     )
-    return fit_costs(steps, demand, prefetch, link=profile, shape=shape, pinned=True, memory=memory)
+    return fit_costs(
+        walked,
+        demand,
+        prefetch,
+        link=profile,
+        shape=shape,
+        pinned=True,
+        group_s=group_s,
+        memory=memory,
+    )
+
+
+def _one_walk(spec: PolicySpec, record: RunRecord, shape: ModelShape, group_s: float) -> RunRecord:
+    core = spec.build(shape)
+    pools = {layer: core.pool_slots(layer) for layer in range(shape.num_moe_layers)}
+    return replace(record, steps=as_one_walk(record.steps, pools, group_s, shape.num_experts))
 
 
 def _joined(records: Sequence[RunRecord]) -> tuple[dict[str, list[Any]], Places, Places]:
@@ -130,7 +152,7 @@ def loads_by_event(log: Sequence[Entry]) -> tuple[Places, Places]:
 def _link_seconds(
     steps: dict[str, list[Any]], demand: Places, prefetch: Places
 ) -> tuple[float, float]:
-    """Seconds per copy and per wait, from the stalls of decode events that had the link to themselves."""
+    """Seconds per copy and per wait, from the stalls of events that had the link to themselves."""
     loads: list[int] = []
     stalls: list[float] = []
     rows = zip(steps["step"], steps["layer"], steps["waves"], steps["stall_s"], strict=True)
@@ -146,7 +168,8 @@ def _link_seconds(
     y = np.minimum(y, 5 * np.median(y / x) * x)
     if np.ptp(x) == 0:
         return float(y.mean() / x[0]), 0.0
-    slope, base = np.polyfit(x, y, 1)
+    # Weighted, so that the few long waits of a prefill do not drown the many short ones of decode.
+    slope, base = np.polyfit(x, y, 1, w=1 / np.sqrt(x))
     if slope <= 0 or base < 0:
         return float(y.sum() / x.sum()), 0.0
     return float(slope), float(base)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..simulator.policy.spec import PolicyFile, PolicySpec
+from ..simulator.policy.spec import PolicyFile, PolicySpec, check_shape
 from ..simulator.result import Result
 from ..tracer.blocks import Tier
 from ..tracer.errors import ResourceError, UsageError
@@ -18,7 +18,6 @@ from ..tracer.placement import choose_residency, choose_tier, free_bytes, use_th
 from ..tracer.prompts import PromptText, choose_prompts, read_prompts, tokenize
 from ..tracer.quantities import LinkSpec, format_bytes
 from .machine import Machine, generate_all
-from .session import check_shape
 
 MAX_PROMPT_TOKENS = 2048
 

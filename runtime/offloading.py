@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from ..simulator.policy.spec import read_policy
+from ..simulator.policy.spec import check_shape, read_policy
 from ..tracer.load import choose_device, load_model
 from ..tracer.placement import use_threads
 from ..tracer.quantities import LinkSpec
 from ..tracer.timing import StepInfo
 from .machine import Machine
-from .session import Session, check_shape
+from .session import Session
 
 
 class Offloaded:
@@ -31,19 +31,13 @@ class Offloaded:
 
     def stats(self) -> dict[str, float]:
         """Counters since loading: demanded, hits, lates, misses, bytes moved, slots."""
-        outcomes = {"hit": 0, "late": 0, "miss": 0}
-        for entry in self._session.log:
-            if entry.kind == "event":
-                outcomes[entry.detail] += 1
+        outcomes = self._session.outcomes
         demanded = sum(outcomes.values())
-        moved = sum(row.num_bytes for row in self._session.copies() if row.why != "warm")
         return {
+            **outcomes,
             "demanded": demanded,
-            "hits": outcomes["hit"],
-            "lates": outcomes["late"],
-            "misses": outcomes["miss"],
-            "hit_rate": outcomes["hit"] / demanded if demanded else 0.0,
-            "bytes_moved": moved,
+            "hit_rate": outcomes["hits"] / demanded if demanded else 0.0,
+            "bytes_moved": self._session.store.count_bytes(),
             "slot_bytes": self._session.store.arena.num_bytes,
         }
 
@@ -71,7 +65,9 @@ def offload(
     loaded = load_model(model_id, device=target, dtype=dtype)
     check_shape(chosen.shape, loaded.shape)
     machine = Machine(loaded, target, link=LinkSpec.parse(link) if link else None)
-    session = Session(loaded, machine.blocks, chosen.behaviour, target, link=machine.link)
+    session = Session(
+        loaded, machine.blocks, chosen.behaviour, target, link=machine.link, keep_log=False
+    )
     _count_steps(loaded.model, session)
     loaded.model.expertflow = Offloaded(machine, session)
     weakref.finalize(loaded.model, session.store.close)

@@ -20,7 +20,7 @@ from ..simulator.policy.residency import Pool
 from ..simulator.policy.spec import PolicySpec
 from ..tracer.blocks import HostBlocks
 from ..tracer.copies import Copy
-from ..tracer.errors import PolicyError, UsageError
+from ..tracer.errors import UsageError
 from ..tracer.generate import StepTokens
 from ..tracer.hooks import install
 from ..tracer.load import LoadedModel
@@ -30,11 +30,15 @@ from ..tracer.types import ExpertKey, ModelShape
 from .experts import OffloadedExperts
 from .store import ExpertStore
 
+_FORGET_EVERY = 64
+"""Passes after which a session without a log drops its rows."""
+
 
 class Session:
     """Runs `loaded` under `spec` until closed. The blocks outlive it, so policies can be compared.
 
-    Implements tracer.generate.StepObserver. Raises PolicyError if the policy was made for another shape,
+    Implements tracer.generate.StepObserver. Without `keep_log` only counters are kept, for sessions that
+    live long. Raises PolicyError if the policy was made for another shape,
     UsageError if it needs the future or gates the model does not have.
     """
 
@@ -46,16 +50,19 @@ class Session:
         device: torch.device,
         *,
         link: LinkSpec | None = None,
+        keep_log: bool = True,
     ) -> None:
         self.shape: ModelShape = loaded.shape
         self.implementation = loaded.implementation
         self.log: list[Entry] = []
+        self.outcomes = {"hits": 0, "lates": 0, "misses": 0}
         self.timer: StepTimer = step_timer(device)
-        self._core = spec.build(loaded.shape, log=self.log)
+        self._core = spec.build(loaded.shape, log=self.log if keep_log else None)
         self._gates = [layer.gate for layer in loaded.layers]
         self.lookahead = self._lookahead_depth(spec)
         self.store = ExpertStore(blocks, spec.slots, device, self.timer.now, link=link)
         self._step = -1
+        self._keeps_log = keep_log
         self._restore: Callable[[], None] = install(
             loaded.model, loaded.layers, lambda layer: OffloadedExperts(self, layer)
         )
@@ -76,7 +83,11 @@ class Session:
 
     def end_step(self) -> float:
         """A forward pass has ended; returns its seconds."""
-        return self.timer.end()
+        seconds = self.timer.end()
+        if not self._keeps_log and self._step % _FORGET_EVERY == 0:
+            self.take_steps()
+            self.store.count_bytes()
+        return seconds
 
     def demand(self, layer: int, experts: Sequence[int]) -> Demand:
         """Report finished prefetches, ask the core, carry out its cancels."""
@@ -85,6 +96,9 @@ class Session:
         answer = self._core.demand(self._step, layer, experts)
         for key in answer.cancels:
             self.store.cancel(key)
+        self.outcomes["hits"] += answer.hits
+        self.outcomes["lates"] += answer.lates
+        self.outcomes["misses"] += answer.misses
         return answer
 
     def submit(self, loads: Sequence[Load]) -> list[Copy]:
@@ -125,14 +139,3 @@ class Session:
                 "model's gates could not be found. Choose predictor none."
             )
         return int(spec.predictor.params.get("depth", 1))
-
-
-def check_shape(spec_shape: ModelShape, model_shape: ModelShape) -> None:
-    """Refuse a policy made for another model. Raises PolicyError naming what differs."""
-    for name in ("num_moe_layers", "num_experts", "top_k"):
-        wanted, found = getattr(spec_shape, name), getattr(model_shape, name)
-        if wanted != found:
-            raise PolicyError(
-                f"The policy was made for {spec_shape.model_id} ({name} {wanted}), but "
-                f"{model_shape.model_id} has {found}. Tune on a trace of this model."
-            )

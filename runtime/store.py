@@ -37,6 +37,7 @@ class ExpertStore:
         self._engine = copy_engine(device, now, pinned=blocks.pinned, link=link)
         self._flying: dict[ExpertKey, Copy] = {}
         self._rows: list[CopyRow] = []
+        self._bytes = 0
 
     @property
     def pinned(self) -> bool:
@@ -85,8 +86,19 @@ class ExpertStore:
                 keys.append(copy.key)
         return keys
 
-    def collect(self) -> None:
-        """Take over the times of copies that have ended (waits for the device on CUDA)."""
+    def rows(self) -> list[CopyRow]:
+        """All copies that have ended, with their times (waits for the device on CUDA)."""
+        self._collect()
+        return self._rows
+
+    def count_bytes(self) -> int:
+        """Bytes moved so far, warm loads aside; forgets the rows behind them."""
+        self._collect()
+        self._bytes += sum(row.num_bytes for row in self._rows if row.why != "warm")
+        self._rows.clear()
+        return self._bytes
+
+    def _collect(self) -> None:
         for copy in self._engine.take_records():
             moved = copy.source.numel() if not copy.is_cancelled else copy.moved
             self._rows.append(
@@ -101,11 +113,6 @@ class ExpertStore:
                     copy.needed_s,
                 )
             )
-
-    def rows(self) -> list[CopyRow]:
-        """All copies collected so far."""
-        self.collect()
-        return self._rows
 
     def close(self) -> None:
         """Stop copying and free the arena. The host blocks stay with their owner."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..simulator.result import Check, Result, VerifiedRun
+from ..simulator.result import Check, Result, Verdict, VerifiedRun
+from ..tracer.probe import provenance
 
 THROUGHPUT = 0.10
 BYTES = 0.02
@@ -44,12 +45,29 @@ QUANTITIES = (
 )
 
 
+def noise_of(controls: Sequence[tuple[Result, Result]]) -> dict[str, float]:
+    """By quantity: how far two measurements of the same configuration differ (median, relative)."""
+    return {
+        quantity.name: float(
+            np.median([_spread(quantity.of(one), quantity.of(two)) for one, two in controls])
+        )
+        for quantity in QUANTITIES
+        if quantity.is_relative
+    }
+
+
+def _spread(one: float, two: float) -> float:
+    return abs(one - two) / ((one + two) / 2) if one + two else 0.0
+
+
 def judge(
-    label: str, pairs: Sequence[Pair], same_tokens: bool, throughput_noise: float
+    label: str, pairs: Sequence[Pair], same_tokens: bool, noise: Mapping[str, float]
 ) -> VerifiedRun:
     """Compare one configuration's pairs; each gap is the median over the pairs."""
     causes = time_causes(pairs)
-    checks = tuple(_check(quantity, pairs, causes, throughput_noise) for quantity in QUANTITIES)
+    checks = tuple(
+        _check(quantity, pairs, causes, noise.get(quantity.name, 0.0)) for quantity in QUANTITIES
+    )
     return VerifiedRun(
         label=label,
         predicted=pairs[-1].predicted,
@@ -62,7 +80,7 @@ def judge(
 
 
 def _check(
-    quantity: _Quantity, pairs: Sequence[Pair], causes: dict[str, float], throughput_noise: float
+    quantity: _Quantity, pairs: Sequence[Pair], causes: dict[str, float], noise: float
 ) -> Check:
     predicted = [quantity.of(pair.predicted) for pair in pairs]
     measured = [quantity.of(pair.measured) for pair in pairs]
@@ -77,9 +95,9 @@ def _check(
         measured=float(np.median(measured)),
         gap=gap,
         tolerance=quantity.tolerance,
-        noise=throughput_noise if is_timed else 0.0,
+        noise=noise,
         passed=passed,
-        cause="" if passed else _cause(is_timed, causes, throughput_noise),
+        cause="" if passed else _cause(is_timed, causes, noise),
     )
 
 
@@ -122,3 +140,63 @@ def _cause(is_timed: bool, causes: dict[str, float], noise: float) -> str:
     if noise > THROUGHPUT / 2:
         found += f"; the machine itself varies by {noise:.1%}: repeat on a quieter one"
     return found
+
+
+def summarise(
+    runs: Sequence[VerifiedRun], noise: Mapping[str, float], *, emulated_link: str
+) -> Verdict:
+    """The verdict over all configurations, in words."""
+    checks = [check for run in runs for check in run.checks]
+    failed = [f"{run.label}: {c.quantity}" for run in runs for c in run.checks if not c.passed]
+    gaps = [abs(c.gap) for c in checks if c.quantity == "tokens_per_s"]
+    variation = noise["tokens_per_s"]
+    is_ordered = order_is_preserved(runs, variation)
+    is_same = all(run.same_tokens for run in runs)
+    replays = all(run.log_replays for run in runs)
+    validated = not failed and is_ordered and is_same and replays
+    facts = (
+        f"{len(runs)} configurations: throughput off by {np.median(gaps):.1%} in the median and "
+        f"{max(gaps):.1%} at worst; two runs of the same configuration differ by {variation:.1%}."
+    )
+    problems = [
+        *([] if is_same else ["the text differs from the resident model's"]),
+        *([] if replays else ["a decision log does not replay"]),
+        *([] if is_ordered else ["the order of the policies is not preserved"]),
+        *([f"out of tolerance: {'; '.join(failed)}"] if failed else []),
+    ]
+    words = "Validated. " if validated else f"NOT validated: {', and '.join(problems)}. "
+    return Verdict(
+        validated=validated,
+        summary=words + facts,
+        runs=tuple(runs),
+        noise=dict(noise),
+        order_preserved=is_ordered,
+        provenance=provenance(0, "own-generation"),
+        warnings=(
+            (f"The link is emulated ({emulated_link}); these are not times of a real bus.",)
+            if emulated_link
+            else ()
+        ),
+    )
+
+
+def order_is_preserved(runs: Sequence[VerifiedRun], noise: float) -> bool:
+    """Whether every pair that measurement can tell apart is predicted in the same order.
+
+    Pairs closer than twice the noise (at least 2 %) count as ties.
+    """
+    tie = max(0.02, 2 * noise)
+    speeds = [
+        (
+            next(c.predicted for c in run.checks if c.quantity == "tokens_per_s"),
+            next(c.measured for c in run.checks if c.quantity == "tokens_per_s"),
+        )
+        for run in runs
+    ]
+    for place, (predicted, measured) in enumerate(speeds):
+        for other_predicted, other_measured in speeds[place + 1 :]:
+            apart = max(measured, other_measured) / min(measured, other_measured) - 1
+            is_swapped = (measured - other_measured) * (predicted - other_predicted) < 0
+            if apart > tie and is_swapped:
+                return False
+    return True

@@ -12,17 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from ..simulator.account import RunRecord
 from ..simulator.costs import CostModel
 from ..simulator.forecast import Forecaster
 from ..simulator.policy.spec import PolicyFile, PolicySpec, make_spec
-from ..simulator.result import MemoryResult, Result, Verdict, VerifiedRun
+from ..simulator.result import MemoryResult, Result, Verdict
 from ..simulator.workload import Workload, workload_of
 from ..tracer.copies import CHUNK_BYTES
 from ..tracer.errors import ResourceError, UsageError
 from ..tracer.generate import Generated, Prompt
+from ..tracer.kernels import measure_group_s
 from ..tracer.link import measure_link
 from ..tracer.memory import spread_by_size
 from ..tracer.placement import choose_residency, hardware_profile
@@ -32,10 +31,10 @@ from ..tracer.record import Recorder, Recording, ResidentExperts, record_run
 from ..tracer.store import Trace
 from ..tracer.types import RunSettings
 from ..tracer.writer import TraceWriter
-from .calibrate import calibrate, calibration_specs, memory_points, prefetch_spec
+from .calibrate import calibrate, calibration_specs, memory_points, prefetch_specs
 from .deploy import Prepared, RunRequest, prepare, same_text
 from .machine import Machine
-from .verdict import Pair, judge
+from .verdict import Pair, judge, noise_of, summarise
 
 SHARES = (0.25, 0.75)
 _MEMORY_SIZES = 3
@@ -100,13 +99,13 @@ def verify(
     try:
         runs = [_Measured(spec) for spec in configurations(policy.behaviour, learned.workload)]
         trial = _Trial(machine, request, judged, calibration, reference, learned)
-        noise: list[tuple[Result, Result]] = []
+        controls: list[tuple[Result, Result]] = []
         for repeat in range(request.repeats):
             say(f"repeat {repeat + 1} of {request.repeats}: calibrate, predict, measure")
-            noise.append(trial.repeat(runs, advance))
+            controls.append(trial.repeat(runs, advance))
     finally:
         machine.close()
-    return _verdict(runs, noise, prepared)
+    return _verdict(runs, controls, prepared)
 
 
 def configurations(spec: PolicySpec, workload: Workload) -> list[PolicySpec]:
@@ -136,7 +135,7 @@ def configurations(spec: PolicySpec, workload: Workload) -> list[PolicySpec]:
 
 def count_runs(policy: PolicyFile, repeats: int) -> int:
     """Upper bound of measured runs, for the progress bar."""
-    return repeats * (4 + 9 + 1)
+    return repeats * (5 + 9 + 1)
 
 
 class _Trial:
@@ -182,8 +181,8 @@ class _Trial:
         shape = self._machine.loaded.shape
         specs = list(self._specs)
         if all(layer.gate is not None for layer in self._machine.loaded.layers):
-            specs.append(prefetch_spec(shape))
-        records: list[RunRecord] = []
+            specs += prefetch_specs(shape)
+        runs: list[tuple[PolicySpec, RunRecord]] = []
         for spec in specs:
             nothing = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
             record, _ = self._machine.run(
@@ -193,11 +192,18 @@ class _Trial:
                 max_new_tokens=self._run.max_new_tokens,
                 memory=nothing,
             )
-            records.append(record)
+            runs.append((spec, record))
             advance(1)
         return calibrate(
-            records,
+            runs,
             shape=shape,
+            group_s=measure_group_s(
+                self._machine.loaded.layers[0],
+                self._machine.blocks.layout,
+                shape,
+                self._machine.device,
+                self._machine.loaded.implementation,
+            ),
             link_name=self._machine.link_name,
             memory=self._memory,
             chunk_bytes=CHUNK_BYTES,
@@ -301,68 +307,9 @@ def _require_resident(prepared: Prepared) -> None:
 
 
 def _verdict(
-    runs: Sequence[_Measured], noise: Sequence[tuple[Result, Result]], prepared: Prepared
+    runs: Sequence[_Measured], controls: Sequence[tuple[Result, Result]], prepared: Prepared
 ) -> Verdict:
-    spread = [
-        abs(one.tokens_per_s - two.tokens_per_s) / ((one.tokens_per_s + two.tokens_per_s) / 2)
-        for one, two in noise
-    ]
-    verified = [
-        judge(run.spec.label, run.pairs, run.same_tokens, float(np.median(spread))) for run in runs
-    ]
-    return summarise(verified, float(np.median(spread)), prepared)
-
-
-def summarise(runs: Sequence[VerifiedRun], noise: float, prepared: Prepared) -> Verdict:
-    """The verdict over all configurations, in words."""
-    checks = [check for run in runs for check in run.checks]
-    failed = [f"{run.label}: {c.quantity}" for run in runs for c in run.checks if not c.passed]
-    gaps = [abs(c.gap) for c in checks if c.quantity == "tokens_per_s"]
-    is_ordered = order_is_preserved(runs, noise)
-    is_same = all(run.same_tokens for run in runs)
-    replays = all(run.log_replays for run in runs)
-    validated = not failed and is_ordered and is_same and replays
-    facts = (
-        f"{len(runs)} configurations: throughput off by {np.median(gaps):.1%} in the median and "
-        f"{max(gaps):.1%} at worst; two runs of the same configuration differ by {noise:.1%}."
-    )
-    problems = [
-        *([] if is_same else ["the text differs from the resident model's"]),
-        *([] if replays else ["a decision log does not replay"]),
-        *([] if is_ordered else ["the order of the policies is not preserved"]),
-        *([f"out of tolerance: {'; '.join(failed)}"] if failed else []),
-    ]
-    words = "Validated. " if validated else f"NOT validated: {', and '.join(problems)}. "
-    return Verdict(
-        validated=validated,
-        summary=words + facts,
-        runs=tuple(runs),
-        noise={"tokens_per_s": noise},
-        order_preserved=is_ordered,
-        provenance=provenance(0, "own-generation"),
-        warnings=()
-        if prepared.link is None
-        else (f"The link is emulated ({prepared.link.text}); these are not times of a real bus.",),
-    )
-
-
-def order_is_preserved(runs: Sequence[VerifiedRun], noise: float) -> bool:
-    """Whether every pair that measurement can tell apart is predicted in the same order.
-
-    Pairs closer than twice the noise (at least 2 %) count as ties.
-    """
-    tie = max(0.02, 2 * noise)
-    speeds = [
-        (
-            next(c.predicted for c in run.checks if c.quantity == "tokens_per_s"),
-            next(c.measured for c in run.checks if c.quantity == "tokens_per_s"),
-        )
-        for run in runs
-    ]
-    for place, (predicted, measured) in enumerate(speeds):
-        for other_predicted, other_measured in speeds[place + 1 :]:
-            apart = max(measured, other_measured) / min(measured, other_measured) - 1
-            is_swapped = (measured - other_measured) * (predicted - other_predicted) < 0
-            if apart > tie and is_swapped:
-                return False
-    return True
+    noise = noise_of(controls)
+    verified = [judge(run.spec.label, run.pairs, run.same_tokens, noise) for run in runs]
+    emulated = prepared.link.text if prepared.link else ""
+    return summarise(verified, noise, emulated_link=emulated)

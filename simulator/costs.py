@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,16 @@ from ..tracer.types import LinkProfile, MemoryPoint, ModelShape, Phase
 
 _OUTLIER = 5.0
 """Rows this many times above their phase's median are clipped: one preemption is not a trend."""
+
+
+class Traffic(NamedTuple):
+    """Loads that one event asked for."""
+
+    demand: int
+    prefetch: int
+
+
+NO_TRAFFIC = Traffic(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +60,10 @@ class PhaseCosts:
 class CostModel:
     """The machine of a replay.
 
-    `copy_s` and `wake_s` describe the link as the engine sees it: seconds per copy of one expert, and
-    per wait. `memory` are measured peaks of working tensors; `gathered_bytes_per_token` is the size of
-    the tensor in which waves gather their rows.
+    Expert times are fitted for one walk over the model's own number of experts; `group_s` is what each
+    slot more (or less) in a pool adds. `copy_s` and `wake_s` describe the link as the engine sees it:
+    seconds per copy of one expert, and per wait. `memory` are measured peaks of working tensors;
+    `gathered_bytes_per_token` is the size of the tensor in which waves gather their rows.
     """
 
     prefill: PhaseCosts
@@ -62,6 +73,8 @@ class CostModel:
     busy_copy_s: float
     wake_s: float
     chunk_bytes: int
+    num_experts: int
+    group_s: float = 0.0
     gathered_bytes_per_token: int = 0
     memory: tuple[MemoryPoint, ...] = ()
 
@@ -69,13 +82,26 @@ class CostModel:
         """The costs of a phase."""
         return self.prefill if phase == "prefill" else self.decode
 
-    def mixer_s(self, phase: Phase, tokens: int, context: int, loads: int) -> float:
-        """Attention, norms and router of one layer; `loads` is the traffic since the last event."""
-        return self.phase(phase).mixer(1, tokens, tokens * context, loads)
+    def mixer_s(self, phase: Phase, tokens: int, context: int, traffic: Traffic) -> float:
+        """Attention, norms and router of one layer; `traffic` is that of the event before."""
+        return self.phase(phase).mixer(1, tokens, tokens * context, *traffic)
 
-    def experts_s(self, phase: Phase, tokens: int, distinct: int, loads: int, waves: int) -> float:
-        """One layer's expert computation; `loads` of its experts were freshly copied."""
-        return self.phase(phase).experts(1, tokens, distinct, loads, waves - 1)
+    def experts_s(
+        self,
+        phase: Phase,
+        tokens: int,
+        distinct: int,
+        traffic: Traffic,
+        waves: int,
+        groups: int,
+    ) -> float:
+        """One layer's expert computation.
+
+        `traffic` is the event's own: demand loads leave cold weights, prefetches take turns with compute.
+        `groups` is the size of the layer's pool, which the kernel walks once per wave.
+        """
+        fitted = self.phase(phase).experts(1, tokens, distinct, *traffic, waves - 1)
+        return max(0.0, fitted + self.group_s * (waves * groups - self.num_experts))
 
     def head_s(self, phase: Phase, batch: int, tokens: int) -> float:
         """Everything of a forward pass outside its layers."""
@@ -132,6 +158,7 @@ def fit_costs(
     link: LinkProfile,
     shape: ModelShape,
     pinned: bool,
+    group_s: float = 0.0,
     memory: tuple[MemoryPoint, ...] = (),
 ) -> CostModel:
     """Fit a machine to measured rows.
@@ -149,6 +176,8 @@ def fit_costs(
         busy_copy_s=link.curve(pinned=pinned, busy=True).copy_s(size),
         wake_s=link.wake_s,
         chunk_bytes=link.chunk_bytes,
+        num_experts=shape.num_experts,
+        group_s=group_s,
         gathered_bytes_per_token=shape.top_k * shape.hidden_size * _dtype_bytes(shape.dtype),
         memory=memory,
     )
@@ -156,6 +185,34 @@ def fit_costs(
 
 def _dtype_bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
+
+
+def as_one_walk(
+    steps: Mapping[str, Sequence[Any]],
+    pool_slots: Mapping[int, int],
+    group_s: float,
+    num_experts: int,
+) -> dict[str, Sequence[Any]]:
+    """Rows measured on pools of other sizes, as if each call had walked the model's own experts once.
+
+    `pool_slots` is by layer; rows of whole passes are left as they are, less what their layers lost.
+    """
+    extra = [
+        group_s * (waves * pool_slots[layer] - num_experts) if layer != WHOLE_STEP else 0.0
+        for layer, waves in zip(steps["layer"], steps["waves"], strict=True)
+    ]
+    changed: dict[str, Sequence[Any]] = dict(steps)
+    by_step: dict[int, float] = {}
+    for step, seconds in zip(steps["step"], extra, strict=True):
+        by_step[step] = by_step.get(step, 0.0) + seconds
+    changed["experts_s"] = [max(0.0, s - e) for s, e in zip(steps["experts_s"], extra, strict=True)]
+    changed["total_s"] = [
+        total - (by_step[step] if layer == WHOLE_STEP else e)
+        for total, e, step, layer in zip(
+            steps["total_s"], extra, steps["step"], steps["layer"], strict=True
+        )
+    ]
+    return changed
 
 
 class _Rows:
@@ -180,8 +237,10 @@ class _Rows:
         # A layer's mixer runs while (or after) the loads of the event before it.
         # Rows of whole passes stand between a pass's last layer and the next one's first.
         is_layer = ~self.is_whole
-        self.before = np.zeros(len(places))
-        self.before[is_layer] = np.r_[0.0, (self.demand + self.prefetch)[is_layer]][:-1]
+        self.demand_before = np.zeros(len(places))
+        self.demand_before[is_layer] = np.r_[0.0, self.demand[is_layer]][:-1]
+        self.prefetch_before = np.zeros(len(places))
+        self.prefetch_before[is_layer] = np.r_[0.0, self.prefetch[is_layer]][:-1]
 
     def layers(self, phase: str) -> np.ndarray:
         return (self.phase == phase) & ~self.is_whole
@@ -204,8 +263,8 @@ def _fit_phase(rows: _Rows, phase: Phase) -> PhaseCosts:
     if not layers.any():
         zero = Linear((0.0,) * 3)
         return PhaseCosts(
-            mixer=Linear((0.0,) * 4),
-            experts=Linear((0.0,) * 5),
+            mixer=Linear((0.0,) * 5),
+            experts=Linear((0.0,) * 6),
             head=zero,
             decision=zero,
             readback_s=0.0,
@@ -218,9 +277,18 @@ def _fit_phase(rows: _Rows, phase: Phase) -> PhaseCosts:
     batch, fed = rows.columns["batch"][whole], rows.columns["tokens"][whole]
     return PhaseCosts(
         mixer=_fit(
-            [one, tokens, tokens * column["context"], rows.before[layers]], column["mixer_s"]
+            [
+                one,
+                tokens,
+                tokens * column["context"],
+                rows.demand_before[layers],
+                rows.prefetch_before[layers],
+            ],
+            column["mixer_s"],
         ),
-        experts=_fit([one, tokens, distinct, loads, column["waves"] - 1], column["experts_s"]),
+        experts=_fit(
+            [one, tokens, distinct, loads, prefetch, column["waves"] - 1], column["experts_s"]
+        ),
         head=_fit([np.ones(int(whole.sum())), batch, fed], rows.head_s(phase)),
         decision=_fit([one, distinct, loads], column["decision_s"]),
         readback_s=float(_clipped(column["readback_s"]).mean()),

@@ -17,7 +17,7 @@ import simpy
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import ExpertKey, ModelShape, Why
 from .account import CopyRow, RunRecord, SequenceTimes, largest_waves
-from .costs import CostModel
+from .costs import NO_TRAFFIC, CostModel, Traffic
 from .policy.base import Load, Signals
 from .policy.future import Future
 from .policy.log import Entry
@@ -170,7 +170,7 @@ class Simulation:
         self._link = Link(self._env, costs)
         self._flying: dict[ExpertKey, _Copy] = {}
         self._times = _Times()
-        self._recent_loads = 0
+        self._recent = NO_TRAFFIC
         self._token_s: dict[int, list[float]] = {}
         self._batch_start_s = 0.0
 
@@ -208,7 +208,7 @@ class Simulation:
         yield from self._compute(
             laps,
             "mixer_s",
-            costs.mixer_s(phase, step.tokens, step.context, self._recent_loads),
+            costs.mixer_s(phase, step.tokens, step.context, self._recent),
         )
         yield from self._compute(laps, "readback_s", costs.phase(phase).readback_s)
         for copy in self._link.arrived():
@@ -220,26 +220,30 @@ class Simulation:
             self._link.cancel(self._flying.pop(key))
         decision_s = costs.decision_s(phase, len(event.experts), answer.misses)
         yield from self._compute(laps, "decision_s", decision_s)
-        last = len(answer.waves) - 1
-        prefetches = 0
-        total_experts_s = costs.experts_s(
-            phase, step.tokens, len(event.experts), answer.misses, len(answer.waves)
-        )
-        for number, wave in enumerate(answer.waves):
+        traffic = Traffic(answer.misses, 0)
+        for wave in answer.waves:
             copies = self._link.submit(step.step, wave.loads)
-            if number == last:
+            if wave is answer.waves[-1]:
                 loads = self._predicted(step, event)
-                prefetches = len(loads)
+                traffic = Traffic(answer.misses, len(loads))
                 if self._charges_lookahead:
-                    lookahead_s = costs.lookahead_s(phase, step.tokens, prefetches)
+                    lookahead_s = costs.lookahead_s(phase, step.tokens, len(loads))
                     yield from self._compute(laps, "lookahead_s", lookahead_s)
                 for copy in self._link.submit(step.step, loads):
                     self._flying[copy.key] = copy
             yield from self._wait(laps, copies, wave.late)
+            total_s = costs.experts_s(
+                phase,
+                step.tokens,
+                len(event.experts),
+                traffic,
+                len(answer.waves),
+                self._core.pool_slots(event.layer),
+            )
             share = len(wave.experts) / max(1, len(event.experts))
-            yield from self._compute(laps, "experts_s", total_experts_s * share)
+            yield from self._compute(laps, "experts_s", total_s * share)
         self._core.release(step.step, event.layer)
-        self._recent_loads = answer.misses + prefetches
+        self._recent = traffic
         self._write(step, event.layer, start, laps, len(event.experts), len(answer.waves))
 
     def _predicted(self, step: StepDemand, event: EventDemand) -> list[Load]:

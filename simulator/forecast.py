@@ -13,7 +13,7 @@ from ..tracer.quantities import LinkSpec
 from ..tracer.store import Trace
 from ..tracer.types import ModelShape, Origin, Provenance
 from .account import RunContext, RunRecord, summarize
-from .costs import CostModel, fit_costs
+from .costs import NO_TRAFFIC, CostModel, as_one_walk, fit_costs
 from .engine import simulate
 from .policy.base import Signals
 from .policy.future import Future
@@ -83,9 +83,18 @@ class Forecaster:
         costs, total = self.costs, 0.0
         for step in self.workload.steps:
             total += costs.head_s(step.phase, step.batch, step.tokens)
-            total += len(step.events) * costs.mixer_s(step.phase, step.tokens, step.context, 0)
+            total += len(step.events) * costs.mixer_s(
+                step.phase, step.tokens, step.context, NO_TRAFFIC
+            )
             for event in step.events:
-                total += costs.experts_s(step.phase, step.tokens, len(event.experts), 0, 1)
+                total += costs.experts_s(
+                    step.phase,
+                    step.tokens,
+                    len(event.experts),
+                    NO_TRAFFIC,
+                    1,
+                    self.shape.num_experts,
+                )
         return total
 
     def require(self, spec: PolicySpec) -> None:
@@ -144,6 +153,10 @@ def forecaster(trace: Trace, *, link: LinkSpec | None = None, seed: int = 0) -> 
 def costs_of(trace: Trace) -> CostModel:
     """The machine a trace was recorded on."""
     steps = trace.table("steps").to_pydict()
+    group_s = trace.hardware.group_s
+    if slots := trace.manifest.run.extra.get("slots"):
+        pools = dict.fromkeys(range(trace.shape.num_moe_layers), int(slots))
+        steps = as_one_walk(steps, pools, group_s, trace.shape.num_experts)
     loads: Counter[tuple[int, int]] = Counter()
     if trace.manifest.rows("transfers"):
         moved = trace.table("transfers", columns=["step", "layer", "why"]).to_pydict()
@@ -159,6 +172,7 @@ def costs_of(trace: Trace) -> CostModel:
         link=trace.hardware.link,
         shape=trace.shape,
         pinned=trace.hardware.device.startswith("cuda"),
+        group_s=group_s,
         memory=trace.manifest.memory,
     )
 

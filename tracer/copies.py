@@ -140,6 +140,9 @@ class ThreadCopyEngine:
             copy.is_cancelled = True
             if copy in self._prefetch:
                 self._prefetch.remove(copy)
+                if copy.moved:  # interrupted before: what it moved was moved
+                    copy.end_s = self._now()
+                    self._records.append(copy)
                 copy.done.set()
 
     def finished(self) -> list[Copy]:

@@ -76,7 +76,7 @@ def use_threads(threads: int | None, device: torch.device) -> int:
 
 
 def hardware_profile(
-    device: torch.device, link: LinkProfile, threads: int, name: str
+    device: torch.device, link: LinkProfile, threads: int, name: str, group_s: float = 0.0
 ) -> HardwareProfile:
     """This machine, as the time model sees it."""
     return HardwareProfile(
@@ -87,4 +87,5 @@ def hardware_profile(
         threads=threads,
         link=link,
         origin="measured",
+        group_s=group_s,
     )

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from .blocks import HostBlocks, SlotArena
+from .blocks import BlockLayout, HostBlocks, SlotArena
 from .console import Reporter
 from .errors import UsageError
 from .generate import Generated, Prompt, greedy
 from .hooks import installed
+from .kernels import measure_group_s
 from .link import measure_link
 from .load import LoadedModel, choose_device, load_model
 from .memory import SilentObserver, measure_memory, spread_by_size
@@ -95,6 +96,7 @@ def trace_run(
                 residency=residency,
                 experts_implementation=loaded.implementation,
                 lookahead=recording.lookahead,
+                extra={} if residency == "resident" else {"slots": str(run.stream_slots)},
             ),
             provenance=provenance(request.seed, "own-generation"),
             recorded=_recorded(recording),
@@ -123,6 +125,11 @@ class _TracedRun:
     recording: Recording
     link: LinkSpec | None
 
+    @property
+    def stream_slots(self) -> int:
+        """Room for two tokens' experts: enough for decode, and waves show in prefill."""
+        return min(self.loaded.shape.num_experts, 2 * self.loaded.shape.top_k)
+
     def profile(self, threads: int) -> HardwareProfile:
         measured = measure_link(
             self.device,
@@ -130,7 +137,16 @@ class _TracedRun:
             block_bytes=self.loaded.shape.expert_bytes,
             link=self.link,
         )
-        return hardware_profile(self.device, measured, threads, machine_name(str(self.device)))
+        first = self.loaded.layers[0]
+        group_s = measure_group_s(
+            first,
+            BlockLayout.of(first),
+            self.loaded.shape,
+            self.device,
+            self.loaded.implementation,
+        )
+        name = machine_name(str(self.device))
+        return hardware_profile(self.device, measured, threads, name, group_s)
 
     def resident(
         self, writer: TraceWriter, report: Reporter
@@ -150,8 +166,7 @@ class _TracedRun:
         loaded = self.loaded
         blocks = HostBlocks(loaded.layers, pin=self.device.type == "cuda")
         loaded.model.to(self.device)
-        slots = min(loaded.shape.num_experts, 2 * loaded.shape.top_k)
-        arena = SlotArena(blocks.layout, slots, self.device)
+        arena = SlotArena(blocks.layout, self.stream_slots, self.device)
         recorder = Recorder(loaded, writer, self.device, self.recording)
         make = stream_handlers(recorder, blocks, arena, self.device, self.link)
         try:

@@ -105,7 +105,10 @@ class LinkProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
-    """One machine as the time model sees it."""
+    """One machine as the time model sees it.
+
+    `group_s` is what one more slot in a layer's pool adds to a call of the experts kernel.
+    """
 
     name: str
     device: str
@@ -114,6 +117,7 @@ class HardwareProfile:
     threads: int
     link: LinkProfile
     origin: Origin
+    group_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -175,7 +175,8 @@ def save(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
     """Writes the weights in bf16, as shipped, and leaves the model in training in float32."""
     half = OlmoeForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
-    half.to(torch.bfloat16).save_pretrained(folder)
+    half.bfloat16()
+    half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -63,6 +63,10 @@ class Residency:
         """Slots over all pools."""
         return sum(len(pool.slots) for pool in self.pools)
 
+    def pool_slots(self, layer: int) -> int:
+        """Slots of the pool a layer uses."""
+        return len(self._pool_of[layer].slots)
+
     def slot_of(self, key: ExpertKey) -> int | None:
         """The slot of a resident expert."""
         return self._resident.get(key)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from expertflow.runtime.machine import Machine, generate_all
-from expertflow.runtime.session import Session, check_shape
+from expertflow.runtime.session import Session
 from expertflow.simulator.account import prefetch_outcomes
-from expertflow.simulator.policy.spec import Member
+from expertflow.simulator.policy.spec import Member, check_shape
 from expertflow.simulator.result import MemoryResult
 from expertflow.tracer.blocks import HostBlocks
 from expertflow.tracer.errors import PolicyError, UsageError

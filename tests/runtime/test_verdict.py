@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from expertflow.runtime.verdict import Pair, judge, time_causes
-from expertflow.runtime.verify import configurations, order_is_preserved
+from expertflow.runtime.verdict import Pair, judge, noise_of, order_is_preserved, time_causes
+from expertflow.runtime.verify import configurations
 from expertflow.simulator.result import (
     Bounds,
     MemoryResult,
@@ -89,7 +89,7 @@ def result(**changes) -> Result:
 
 
 def judged(predicted: Result, *measured: Result, noise: float = 0.0):
-    return judge("lru", [Pair(predicted, one) for one in measured], True, noise)
+    return judge("lru", [Pair(predicted, one) for one in measured], True, {"tokens_per_s": noise})
 
 
 def check(run, quantity: str):
@@ -162,15 +162,15 @@ def test_nothing_measured_is_no_gap_only_if_nothing_was_predicted():
     assert not check(judged(BASE, nothing), "bytes_per_token").passed
 
 
-def test_noise_stands_beside_times_only():
-    run = judged(BASE, BASE, noise=0.07)
+def test_noise_is_that_of_the_same_quantity():
+    slower = result(tokens_per_s=80.0)
 
-    assert {c.quantity for c in run.checks if c.noise == 0.07} == {
-        "tokens_per_s",
-        "prefill_tokens_per_s",
-        "decode_tokens_per_s",
-    }
-    assert all(c.noise == 0 for c in run.checks if c.unit != "tokens/s")
+    noise = noise_of([(BASE, BASE), (BASE, slower), (BASE, slower)])
+
+    assert noise["tokens_per_s"] == pytest.approx(20 / 90)
+    assert noise["decode_tokens_per_s"] == noise["bytes_per_token"] == 0
+    assert check(judged(BASE, BASE, noise=0.07), "tokens_per_s").noise == 0.07
+    assert check(judged(BASE, BASE, noise=0.07), "hit_rate").noise == 0
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def _phase_costs(
     mixer: float, experts: float, head: float, decision: float, readback: float, lookahead: float
 ) -> PhaseCosts:
     return PhaseCosts(
-        mixer=Linear((mixer, 0.0, 0.0, 0.0)),
-        experts=Linear((experts, 0.0, 0.0, 0.0, 0.0)),
+        mixer=Linear((mixer, 0.0, 0.0, 0.0, 0.0)),
+        experts=Linear((experts, 0.0, 0.0, 0.0, 0.0, 0.0)),
         head=Linear((head, 0.0, 0.0)),
         decision=Linear((decision, 0.0, 0.0)),
         readback_s=readback,
@@ -60,6 +60,7 @@ def machine() -> Callable[..., CostModel]:
             busy_copy_s=copy if busy is None else busy,
             wake_s=wake,
             chunk_bytes=expert_bytes // chunks,
+            num_experts=1,
         )
 
     return build

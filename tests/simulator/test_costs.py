@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from expertflow.simulator.costs import CostModel, Linear, fit_costs
+from expertflow.simulator.costs import NO_TRAFFIC, CostModel, Linear, as_one_walk, fit_costs
 from expertflow.simulator.policy.checked import tiny_shape
 from expertflow.tracer.quantities import LinkSpec
 from expertflow.tracer.schema import WHOLE_STEP
@@ -14,8 +14,8 @@ from expertflow.tracer.types import LinkCurve, LinkProfile, MemoryPoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-MIXER = (2e-4, 3e-6, 5e-8, 1e-5)
-EXPERTS = (1e-4, 2e-6, 3e-5, 4e-6, 2e-4)
+MIXER = (2e-4, 3e-6, 5e-8, 1e-5, 7e-6)
+EXPERTS = (1e-4, 2e-6, 3e-5, 4e-6, 6e-6, 2e-4)
 HEAD = (5e-4, 1e-4, 1e-6)
 DECISION = (1e-5, 1e-6, 2e-6)
 LOOKAHEAD = (2e-5, 1e-6, 3e-6)
@@ -44,7 +44,7 @@ def planted(steps: int = 60, layers: int = 3, seed: int = 0, **fixed: int) -> Ro
     rows: list[dict[str, Any]] = []
     demand: dict[tuple[int, int], int] = {}
     prefetch: dict[tuple[int, int], int] = {}
-    before = 0
+    before = (0, 0)
     for step in range(steps):
         batch = fixed.get("batch", int(dice.integers(1, 5)))
         tokens = fixed.get("tokens", int(dice.integers(1, 50)))
@@ -58,11 +58,11 @@ def planted(steps: int = 60, layers: int = 3, seed: int = 0, **fixed: int) -> Ro
             ahead = prefetch[step, layer] = fixed.get("prefetch", int(dice.integers(0, 6)))
             waves = fixed.get("waves", int(dice.integers(1, 4)))
             laps = {
-                "mixer_s": dot(MIXER, 1, tokens, tokens * context, before),
+                "mixer_s": dot(MIXER, 1, tokens, tokens * context, *before),
                 "readback_s": READBACK,
                 "decision_s": dot(DECISION, 1, distinct, loads),
                 "lookahead_s": dot(LOOKAHEAD, 1, tokens, ahead),
-                "experts_s": dot(EXPERTS, 1, tokens, distinct, loads, waves - 1),
+                "experts_s": dot(EXPERTS, 1, tokens, distinct, loads, ahead, waves - 1),
             }
             total = sum(laps.values())
             inside += total
@@ -70,7 +70,7 @@ def planted(steps: int = 60, layers: int = 3, seed: int = 0, **fixed: int) -> Ro
                 {**common, **laps, "layer": layer, "distinct": distinct, "waves": waves}
                 | {"total_s": total}
             )
-            before = loads + ahead
+            before = (loads, ahead)
         whole = dict.fromkeys(laps, 0.0)
         rows.append(
             {**common, **whole, "layer": WHOLE_STEP, "distinct": 0, "waves": 1}
@@ -107,8 +107,9 @@ def test_planted_costs_are_recovered_through_noise():
 
     decode = fit((columns, demand, prefetch)).decode
 
-    assert decode.mixer(1, 20, 20 * 500, 3) == pytest.approx(dot(MIXER, 1, 20, 10_000, 3), rel=0.02)
-    asked = (1, 20, 10, 5, 1)
+    mixer = (1, 20, 20 * 500, 3, 2)
+    assert decode.mixer(*mixer) == pytest.approx(dot(MIXER, *mixer), rel=0.02)
+    asked = (1, 20, 10, 5, 2, 1)
     assert decode.experts(*asked) == pytest.approx(dot(EXPERTS, *asked), rel=0.02)
     assert 0.005 < decode.mixer.residual < 0.05
 
@@ -123,7 +124,7 @@ def test_traffic_of_the_pass_before_weighs_on_the_first_layer_too():
 def test_features_that_never_vary_fold_into_the_first():
     decode = fit(planted(tokens=8, batch=8, waves=1, loads=0)).decode
 
-    assert decode.experts.weights[1] == decode.experts.weights[3] == decode.experts.weights[4] == 0
+    assert decode.experts.weights[1] == decode.experts.weights[3] == decode.experts.weights[5] == 0
     assert decode.experts.weights[0] == pytest.approx(EXPERTS[0] + 8 * EXPERTS[1])
     assert decode.experts.weights[2] == pytest.approx(EXPERTS[2])
     assert decode.head(1, 8, 8) == pytest.approx(dot(HEAD, 1, 8, 8))
@@ -138,7 +139,7 @@ def test_one_preemption_is_not_a_trend():
     decode = fit((columns, demand, prefetch)).decode
 
     assert decode.readback_s == pytest.approx(READBACK, rel=0.03)
-    asked = (1, 20, 10, 5, 1)
+    asked = (1, 20, 10, 5, 2, 1)
     assert decode.experts(*asked) == pytest.approx(fit(clean).decode.experts(*asked), rel=0.15)
 
 
@@ -178,8 +179,8 @@ def test_phase_that_was_not_traced_costs_nothing():
 
     model = fit_costs(decode_only, demand, prefetch, link=link(), shape=tiny_shape(), pinned=True)
 
-    assert model.mixer_s("prefill", 100, 100, 0) == model.head_s("prefill", 1, 100) == 0.0
-    assert model.mixer_s("decode", 1, 100, 0) > 0
+    assert model.mixer_s("prefill", 100, 100, NO_TRAFFIC) == model.head_s("prefill", 1, 100) == 0.0
+    assert model.mixer_s("decode", 1, 100, NO_TRAFFIC) > 0
 
 
 def test_link_seconds_are_those_of_one_expert_under_the_runs_conditions():
@@ -248,3 +249,28 @@ def test_memory_of_waves_adds_the_tensor_that_gathers_them(machine):
     whole = model.activation_bytes("prefill", 2, 64, 32, 1.0)
 
     assert model.activation_bytes("prefill", 2, 64, 32, 0.5) == whole + 640
+
+
+def test_rows_of_other_pool_sizes_are_brought_to_one_walk():
+    steps = {
+        "step": [0, 0, 0],
+        "layer": [0, 1, -1],
+        "waves": [1, 2, 0],
+        "experts_s": [5.0, 9.0, 0.0],
+        "total_s": [6.0, 10.0, 20.0],
+    }
+
+    walked = as_one_walk(steps, {0: 16, 1: 4}, group_s=0.25, num_experts=8)
+
+    assert walked["experts_s"] == [3.0, 9.0, 0.0]
+    assert walked["total_s"] == [4.0, 10.0, 18.0]
+
+
+def test_a_larger_pool_costs_its_extra_slots_once_per_wave():
+    model = fit(planted(), group_s=0.5)
+    groups = model.num_experts
+
+    one = model.experts_s("decode", 1, 2, NO_TRAFFIC, 1, groups)
+    larger = model.experts_s("decode", 1, 2, NO_TRAFFIC, 1, groups + 10)
+
+    assert larger == pytest.approx(one + 5.0)

@@ -118,7 +118,7 @@ def test_decision_and_lookahead_are_charged(machine, steps_of):
 
 def test_loads_of_the_event_before_weigh_on_the_next_mixer(machine, steps_of):
     costs = machine()
-    phase = replace(costs.decode, mixer=Linear((1.0, 0.0, 0.0, 0.5)))
+    phase = replace(costs.decode, mixer=Linear((1.0, 0.0, 0.0, 0.5, 0.5)))
     costs = replace(costs, prefill=phase, decode=phase)
     spec = make_spec(slots=16, predictor="gate_lookahead")
     workload = steps_of([[(0, 1), (2,)], [(0,), (2,)]], guesses={(0, 0): (4, 5, 6)})
