@@ -161,8 +161,8 @@ def _common_token(device: torch.device, dtype: str) -> int:
 
 
 _PHASE = PhaseCosts(
-    mixer=Linear((1e-4, 0.0, 0.0, 0.0)),
-    experts=Linear((1e-4, 0.0, 0.0, 0.0, 0.0)),
+    mixer=Linear((1e-4, 0.0, 0.0, 0.0, 0.0)),
+    experts=Linear((1e-4, 0.0, 0.0, 0.0, 0.0, 0.0)),
     head=Linear((1e-4, 0.0, 0.0)),
     decision=Linear((1e-5, 0.0, 0.0)),
     readback_s=1e-5,
@@ -176,5 +176,6 @@ COSTS = CostModel(
     busy_copy_s=2e-4,
     wake_s=0.0,
     chunk_bytes=4096,
+    num_experts=8,
 )
 """Any machine: with demand loads only, decisions do not depend on time."""
