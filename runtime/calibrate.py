@@ -6,6 +6,7 @@ other prompts, sizes and policies than those it will be judged on.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -112,9 +113,13 @@ def calibrate(
 
 
 def _one_walk(spec: PolicySpec, record: RunRecord, shape: ModelShape, group_s: float) -> RunRecord:
+    """Rows as the fit wants them: expert times for one pool size, look-ahead only where one was at work."""
     core = spec.build(shape)
     pools = {layer: core.pool_slots(layer) for layer in range(shape.num_moe_layers)}
-    return replace(record, steps=as_one_walk(record.steps, pools, group_s, shape.num_experts))
+    steps = as_one_walk(record.steps, pools, group_s, shape.num_experts)
+    if spec.predictor.name == "none":
+        steps["lookahead_s"] = [math.nan] * len(steps["lookahead_s"])
+    return replace(record, steps=steps)
 
 
 def _joined(records: Sequence[RunRecord]) -> tuple[dict[str, list[Any]], Places, Places]:

@@ -163,8 +163,9 @@ def fit_costs(
 ) -> CostModel:
     """Fit a machine to measured rows.
 
-    `steps` are columns of the steps table; the loads are counted by (step, layer). Link seconds come from
-    the profile's curves at the size of one expert.
+    `steps` are columns of the steps table, with NaN in `lookahead_s` where no predictor was at work; the
+    loads are counted by (step, layer). Link seconds come from the profile's curves at the size of one
+    expert.
     """
     rows = _Rows(steps, demand_loads, prefetch_loads)
     size = shape.expert_bytes
@@ -292,7 +293,9 @@ def _fit_phase(rows: _Rows, phase: Phase) -> PhaseCosts:
         head=_fit([np.ones(int(whole.sum())), batch, fed], rows.head_s(phase)),
         decision=_fit([one, distinct, loads], column["decision_s"]),
         readback_s=float(_clipped(column["readback_s"]).mean()),
-        lookahead=_fit([one, tokens, prefetch], column["lookahead_s"]),
+        lookahead=_fit_where(
+            ~np.isnan(column["lookahead_s"]), [one, tokens, prefetch], column["lookahead_s"]
+        ),
     )
 
 
@@ -308,6 +311,12 @@ def _fit(features: Sequence[np.ndarray], seconds: np.ndarray) -> Linear:
     scale = np.median(target)
     residual = float(np.median(np.abs(fitted - target)) / scale) if scale > 0 else 0.0
     return Linear(tuple(weights.tolist()), residual)
+
+
+def _fit_where(known: np.ndarray, features: Sequence[np.ndarray], seconds: np.ndarray) -> Linear:
+    if not known.any():
+        return Linear((0.0,) * len(features))
+    return _fit([feature[known] for feature in features], seconds[known])
 
 
 def _clipped(seconds: np.ndarray) -> np.ndarray:

@@ -274,3 +274,13 @@ def test_a_larger_pool_costs_its_extra_slots_once_per_wave():
     larger = model.experts_s("decode", 1, 2, NO_TRAFFIC, 1, groups + 10)
 
     assert larger == pytest.approx(one + 5.0)
+
+
+def test_look_ahead_is_fitted_where_a_predictor_was_at_work():
+    columns, demand, prefetch = planted()
+    half = len(columns["lookahead_s"]) // 2
+    columns["lookahead_s"][:half] = [float("nan")] * half
+
+    model = fit((columns, demand, prefetch))
+
+    assert model.decode.lookahead.weights == pytest.approx(LOOKAHEAD, rel=1e-6)
