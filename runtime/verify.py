@@ -54,7 +54,6 @@ class _Reference:
 
     outputs: list[Generated]
     workload: Workload
-    trace_id: str
 
 
 @dataclass(slots=True)
@@ -94,7 +93,7 @@ def verify(
         link=prepared.link,
         tier=prepared.tier,
         pin=request.run.pin,
-        trace_id=reference.trace_id,
+        trace_id=policy.trace,
     )
     try:
         runs = [_Measured(spec) for spec in configurations(policy.behaviour, learned.workload)]
@@ -215,7 +214,7 @@ class _Trial:
             workload=self._reference.workload,
             costs=costs,
             shape=machine.loaded.shape,
-            trace_id=self._reference.trace_id,
+            trace_id=machine.trace_id,
             device=f"{machine_name(str(machine.device))} ({machine.device})",
             link=machine.link_name,
             link_origin=machine.link_origin,
@@ -280,9 +279,9 @@ def _reference(prepared: Prepared, prompts: Sequence[Prompt], run: RunRequest) -
                 advance=lambda tokens: None,
             )
             recorder.write()
-            manifest = writer.close()
+            writer.close()
         workload = workload_of(Trace.open(out))
-    return _Reference(outputs, workload, manifest.trace_id)
+    return _Reference(outputs, workload)
 
 
 def _divide(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

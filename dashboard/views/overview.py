@@ -161,25 +161,43 @@ def _headline(subject: Subject, tuning: Tuning) -> None:
             _speed_tile(f"{name}, predicted", start, start.tokens_per_s)
         if chosen:
             old = start.tokens_per_s if start else None
-            _speed_tile("Chosen, predicted", chosen, chosen.tokens_per_s, old, "of that")
+            _speed_tile(
+                "Chosen, predicted from the trace", chosen, chosen.tokens_per_s, old, "of that"
+            )
             _measured_tile(subject, chosen)
     for note in chosen.warnings if chosen else ():
         st.warning(words.plain(note))
 
 
 def _measured_tile(subject: Subject, chosen: Result) -> None:
+    pair = verified_speeds(chosen, subject.verdicts)
+    if pair is not None:
+        # The trace's forecast knows nothing of the runtime's own overhead; verify calibrates it.
+        calibrated, value = pair
+        _speed_tile(
+            "Chosen, predicted by verify", chosen, calibrated, note="calibrated, before the run"
+        )
+        _speed_tile("Chosen, measured", chosen, value, calibrated, "of verify's forecast")
+        return
     value = measured_speeds([chosen], subject.verdicts, subject.results).get(chosen.label)
     if value is None:
         st.metric("Chosen, measured", "not yet", border=True, width=_TILE_WIDTH, height="stretch")
         st.caption(f"Measure it: `{parts.FILL_VERDICT}`")
     else:
-        _speed_tile("Chosen, measured", chosen, value, chosen.tokens_per_s, "of the forecast")
+        _speed_tile(
+            "Chosen, measured", chosen, value, chosen.tokens_per_s, "of the trace's forecast"
+        )
 
 
 def _speed_tile(
-    name: str, result: Result, value: float, old: float | None = None, against: str = ""
+    name: str,
+    result: Result,
+    value: float,
+    old: float | None = None,
+    against: str = "",
+    note: str = "to compare with",
 ) -> None:
-    times = f"{words.times(value, old)} {against}" if old else "to compare with"
+    times = f"{words.times(value, old)} {against}" if old else note
     with st.container(width=_TILE_WIDTH):
         st.metric(
             name,
@@ -202,7 +220,8 @@ def baseline(tuning: Tuning) -> Result | None:
 
 
 def _is_baseline(result: Result) -> bool:
-    return bool({result.label.lower(), result.policy.get("cache", "").lower()} & _BASELINES)
+    names = {result.label.lower(), result.policy.get("cache", "").lower()}
+    return bool(names & _BASELINES) and result.policy.get("predictor", "none") == "none"
 
 
 def measured_speeds(
@@ -220,6 +239,18 @@ def measured_speeds(
             seen.setdefault(_conditions(result), []).append(result.tokens_per_s)
     pairs = ((r.label, seen.get(_conditions(r))) for r in candidates)
     return {label: statistics.fmean(speeds) for label, speeds in pairs if speeds}
+
+
+def verified_speeds(
+    chosen: Result, verdicts: Sequence[Found[Verdict]]
+) -> tuple[float, float] | None:
+    """Predicted and measured tokens/s of a policy in the verdicts, medians over its repeats."""
+    for run in (run for verdict in verdicts for run in verdict.value.runs):
+        if _conditions(run.predicted) == _conditions(chosen):
+            for check in run.checks:
+                if check.quantity == "tokens_per_s":
+                    return check.predicted, check.measured
+    return None
 
 
 def _conditions(result: Result) -> tuple[Any, ...]:

@@ -50,7 +50,7 @@ def _choose(found: Sequence[Found[Verdict]]) -> Verdict:
 
 
 def _in_words(verdict: Verdict) -> None:
-    summary = words.plain(verdict.summary)
+    summary = words.plain(verdict.summary).removeprefix("Validated.").removeprefix("NOT validated:")
     if verdict.validated:
         st.success(f"**Validated.** {summary}", icon=":material/check_circle:")
     else:

@@ -91,12 +91,13 @@ def deploy(
 
 
 def _predicted(evidence: Any) -> str:
-    """What `tune` expected, on its trace's machine, prompts and link: `verify` compares like with like."""
+    """What `tune` expected. `verify` compares like with like: same prompts, calibrated runtime."""
     if not isinstance(evidence, dict):
         return "the policy carries no prediction"
     return (
         f"{evidence['tokens_per_s']:.1f} tokens/s, decode hits {evidence['decode']['hit_rate']:.1%}, on the "
-        f"trace's prompts over {evidence['link']} ({evidence['link_origin']}), batch {evidence['batch_size']}"
+        f"trace's prompts over {evidence['link']} ({evidence['link_origin']}), batch "
+        f"{evidence['batch_size']}, without the runtime's own overhead; `verify` calibrates"
     )
 
 
