@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from ..simulator.account import RunRecord
 from ..simulator.costs import CostModel
 from ..simulator.forecast import Forecaster
@@ -26,9 +28,10 @@ from ..tracer.link import measure_link
 from ..tracer.memory import spread_by_size
 from ..tracer.placement import choose_residency, hardware_profile
 from ..tracer.probe import machine_name, provenance
-from ..tracer.prompts import batches
+from ..tracer.prompts import PromptText, batches
 from ..tracer.record import Recorder, Recording, ResidentExperts, record_run
 from ..tracer.store import Trace
+from ..tracer.tracing import recorded_names
 from ..tracer.types import RunSettings
 from ..tracer.writer import TraceWriter
 from .calibrate import calibrate, calibration_specs, memory_points, prefetch_specs
@@ -85,8 +88,10 @@ def verify(
     say(
         f"{prepared.loaded.shape.model_id} on {prepared.device}: the resident model's text and routing"
     )
-    reference = _reference(prepared, judged, request.run)
-    learned = _reference(prepared, calibration, request.run)
+    has_gates = all(layer.gate is not None for layer in prepared.loaded.layers)
+    depth = int(policy.behaviour.predictor.params.get("depth", 1)) if has_gates else 0
+    reference = _reference(prepared, judged, request.run, depth)
+    learned = _reference(prepared, calibration, request.run, depth)
     machine = Machine(
         prepared.loaded,
         prepared.device,
@@ -96,7 +101,8 @@ def verify(
         trace_id=policy.trace,
     )
     try:
-        runs = [_Measured(spec) for spec in configurations(policy.behaviour, learned.workload)]
+        specs = configurations(policy.behaviour, learned.workload)
+        runs = [_Measured(spec) for spec in specs]
         trial = _Trial(machine, request, judged, calibration, reference, learned)
         controls: list[tuple[Result, Result]] = []
         for repeat in range(request.repeats):
@@ -123,17 +129,18 @@ def configurations(spec: PolicySpec, workload: Workload) -> list[PolicySpec]:
         kind("lru", spec.slots),
         *(spec.with_slots(max(1, round(share * total))) for share in SHARES),
         *(kind("lru", round(share * total)) for share in SHARES),
-        kind("lru", spec.slots, "gate_lookahead"),
         kind("lfu", round(0.375 * total)),
     ]
+    if workload.lookahead:
+        wanted.append(kind("lru", spec.slots, "gate_lookahead"))
     unique: dict[str, PolicySpec] = {}
     for one in wanted:
         unique.setdefault(one.behaviour_hash(), one)
     return list(unique.values())
 
 
-def count_runs(policy: PolicyFile, repeats: int) -> int:
-    """Upper bound of measured runs, for the progress bar."""
+def count_runs(repeats: int) -> int:
+    """Upper bound of timed runs, for the progress bar: calibration, configurations, control."""
     return repeats * (5 + 9 + 1)
 
 
@@ -179,7 +186,7 @@ class _Trial:
     def _calibrate(self, advance: Callable[[int], None]) -> CostModel:
         shape = self._machine.loaded.shape
         specs = list(self._specs)
-        if all(layer.gate is not None for layer in self._machine.loaded.layers):
+        if self._reference.workload.lookahead:
             specs += prefetch_specs(shape)
         runs: list[tuple[PolicySpec, RunRecord]] = []
         for spec in specs:
@@ -240,13 +247,15 @@ class _Trial:
         )
 
 
-def _reference(prepared: Prepared, prompts: Sequence[Prompt], run: RunRequest) -> _Reference:
+def _reference(
+    prepared: Prepared, prompts: Sequence[Prompt], run: RunRequest, lookahead: int
+) -> _Reference:
     """Trace the resident model in place: its text is the standard, its routing the workload."""
     loaded, device = prepared.loaded, prepared.device
     loaded.model.to(device)
     numbered = [Prompt(number, prompt.token_ids) for number, prompt in enumerate(prompts)]
-    texts = [prepared.texts[prompt.sequence] for prompt in prompts]
-    recording = Recording(lookahead=1, weights=False)
+    texts = [PromptText(str(prompt.sequence), "", "") for prompt in numbered]
+    recording = Recording(lookahead=lookahead, weights=False)
     with tempfile.TemporaryDirectory(prefix="expertflow-verify-") as folder:
         out = Path(folder) / "trace"
         recorder = Recorder(loaded, None, device, recording)
@@ -256,7 +265,9 @@ def _reference(prepared: Prepared, prompts: Sequence[Prompt], run: RunRequest) -
         with TraceWriter(
             out,
             shape=loaded.shape,
-            hardware=hardware_profile(device, link, 1, machine_name(str(device))),
+            hardware=hardware_profile(
+                device, link, torch.get_num_threads(), machine_name(str(device))
+            ),
             run=RunSettings(
                 batch_size=run.batch_size,
                 max_new_tokens=run.max_new_tokens,
@@ -265,7 +276,7 @@ def _reference(prepared: Prepared, prompts: Sequence[Prompt], run: RunRequest) -
                 lookahead=recording.lookahead,
             ),
             provenance=provenance(0, "own-generation"),
-            recorded=("routing", "steps", "token_ids", "lookahead_1"),
+            recorded=recorded_names(recording),
         ) as writer:
             recorder = Recorder(loaded, writer, device, recording)
             outputs = record_run(

@@ -99,7 +99,7 @@ def trace_run(
                 extra={} if residency == "resident" else {"slots": str(run.stream_slots)},
             ),
             provenance=provenance(request.seed, "own-generation"),
-            recorded=_recorded(recording),
+            recorded=recorded_names(recording),
             overwrite=request.overwrite,
         ) as writer,
         progress("tracing", len(prompts) * request.max_new_tokens) as report,
@@ -228,7 +228,8 @@ def _check(request: TraceRequest) -> None:
         raise UsageError(f"--batch-size must be at least 1, got {request.batch_size}.")
 
 
-def _recorded(recording: Recording) -> tuple[str, ...]:
+def recorded_names(recording: Recording) -> tuple[str, ...]:
+    """What a manifest says was recorded."""
     names = ["routing", "steps", "transfers"]
     names += [f"lookahead_{depth}" for depth in range(1, recording.lookahead + 1)]
     if recording.weights:

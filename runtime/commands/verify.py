@@ -69,7 +69,7 @@ def verify(
         ),
         repeats=repeats,
     )
-    with progress("verifying", count_runs(chosen, repeats), "runs") as report:
+    with progress("verifying", count_runs(repeats), "runs") as report:
         verdict = run(chosen, request, say=say, advance=report.advance)
     if out is not None:
         write_json(out, verdict)
