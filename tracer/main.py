@@ -223,7 +223,7 @@ def _declared_in_tree() -> dict[str, str]:
 
 
 def _source_of(module: str) -> Path | None:
-    # By hand, since find_spec on a dotted name imports its parents.
+    # By hand where that works, since find_spec on a dotted name imports its parents.
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
     if spec is None:
@@ -235,7 +235,12 @@ def _source_of(module: str) -> Path | None:
         for path in (place.with_suffix(".py"), place / "__init__.py"):
             if path.is_file():
                 return path
-    return None
+    # An editable install maps packages by a hook instead of folders: ask it, parents and all.
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError:
+        return None
+    return Path(found.origin) if found and found.origin else None
 
 
 def _first_line(text: str | None) -> str:

@@ -36,7 +36,7 @@ QUESTION: Final = (
 _BASELINES: Final = frozenset({"none", "on-demand", "on demand", "on_demand", "demand", "stream"})
 
 
-_TILE_WIDTH: Final = 290
+_TILE_WIDTH: Final = 222
 """Wide enough for a speed; tiles wrap where three do not fit beside each other."""
 
 
@@ -162,7 +162,7 @@ def _headline(subject: Subject, tuning: Tuning) -> None:
         if chosen:
             old = start.tokens_per_s if start else None
             _speed_tile(
-                "Chosen, predicted from the trace", chosen, chosen.tokens_per_s, old, "of that"
+                "Chosen, from the trace", chosen, chosen.tokens_per_s, old, "of that"
             )
             _measured_tile(subject, chosen)
     for note in chosen.warnings if chosen else ():
@@ -175,7 +175,7 @@ def _measured_tile(subject: Subject, chosen: Result) -> None:
         # The trace's forecast knows nothing of the runtime's own overhead; verify calibrates it.
         calibrated, value = pair
         _speed_tile(
-            "Chosen, predicted by verify", chosen, calibrated, note="calibrated, before the run"
+            "Chosen, by verify", chosen, calibrated, note="calibrated forecast"
         )
         _speed_tile("Chosen, measured", chosen, value, calibrated, "of verify's forecast")
         return
