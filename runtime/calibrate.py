@@ -1,14 +1,15 @@
 """Measures this process, now: a cost model from short runs of the runtime itself.
 
 A shared machine drifts by tens of percent within minutes, so `verify` calibrates right before it predicts, on
-other prompts, sizes and policies than those it will be judged on.
+other prompts, sizes and policies than those it will be judged on. `expertflow-trace calibrate` keeps one
+such model as a file, for forecasts from a trace.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,23 +19,87 @@ from ..simulator.account import RunRecord, largest_waves
 from ..simulator.costs import CostModel, as_one_walk, fit_costs
 from ..simulator.policy.log import Entry
 from ..simulator.policy.spec import PolicySpec, make_spec
+from ..simulator.result import MemoryResult
+from ..tracer.copies import CHUNK_BYTES
 from ..tracer.generate import Prompt
-from ..tracer.memory import measure_memory
+from ..tracer.kernels import measure_group_s
+from ..tracer.memory import measure_memory, spread_by_size
+from ..tracer.prompts import batches
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import LinkCurve, LinkProfile, MemoryPoint, ModelShape
 from .machine import Machine
 
 Places = Counter[tuple[int, int]]
+_MEMORY_SIZES = 3
 
 
-def calibration_specs(shape: ModelShape, popularity: Sequence[Sequence[int]]) -> list[PolicySpec]:
+class Calibration:
+    """Short runs of a machine on some prompts, and the cost model they give.
+
+    Peaks of working tensors do not drift, so they are measured once; times are measured by each `measure`.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> None:
+        self._machine = machine
+        self._prompts = prompts
+        self._batch_size = batch_size
+        self._max_new_tokens = max_new_tokens
+        shape = machine.loaded.shape
+        demand = calibration_specs(shape)
+        has_gates = all(layer.gate is not None for layer in machine.loaded.layers)
+        self.specs = [*demand, *(prefetch_specs(shape) if has_gates else ())]
+        sizes = spread_by_size(list(batches(prompts, batch_size)), _MEMORY_SIZES)
+        self._memory = memory_points(machine, demand, sizes)
+
+    def measure(self, advance: Callable[[int], None]) -> CostModel:
+        """Run every calibration policy once and fit."""
+        machine = self._machine
+        shape = machine.loaded.shape
+        nothing = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
+        runs: list[tuple[PolicySpec, RunRecord]] = []
+        for spec in self.specs:
+            record, _ = machine.run(
+                spec,
+                self._prompts,
+                batch_size=self._batch_size,
+                max_new_tokens=self._max_new_tokens,
+                memory=nothing,
+            )
+            runs.append((spec, record))
+            advance(1)
+        return calibrate(
+            runs,
+            shape=shape,
+            group_s=measure_group_s(
+                machine.loaded.layers[0],
+                machine.blocks.layout,
+                shape,
+                machine.device,
+                machine.loaded.implementation,
+            ),
+            link_name=machine.link_name,
+            memory=self._memory,
+            chunk_bytes=CHUNK_BYTES,
+        )
+
+
+def calibration_specs(shape: ModelShape) -> list[PolicySpec]:
     """Runs that between them show every cost of demand loading: all hits, all misses, waves.
 
     Their sizes are odd shares on purpose: nobody asks for them, so no judged run repeats one.
     """
     total = shape.total_experts
+    # With a slot for every expert, popularity decides nothing; static only loads all of them first.
+    even = [[1] * shape.num_experts] * shape.num_moe_layers
     return [
-        make_spec(slots=total, cache="static", popularity=popularity),
+        make_spec(slots=total, cache="static", popularity=even),
         make_spec(slots=max(1, round(0.94 * total)), cache="none"),
         make_spec(slots=max(1, round(0.31 * total)), cache="lru"),
     ]

@@ -48,23 +48,30 @@ class Prepared:
     device: torch.device
     link: LinkSpec | None
     tier: Tier
-    texts: list[PromptText]
     prompts: list[Prompt]
 
 
 def prepare(request: RunRequest, policy: PolicyFile) -> Prepared:
     """Load what a policy was made for and the prompts to run. Raises ResourceError, PolicyError."""
+    prepared = load(request, request.model or policy.shape.model_id, held_out_from=policy)
+    check_shape(policy.shape, prepared.loaded.shape)
+    return prepared
+
+
+def load(request: RunRequest, model: str, *, held_out_from: PolicyFile | None) -> Prepared:
+    """Load a model and its prompts, leaving out those a policy was tuned on."""
     if request.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, got {request.max_new_tokens}.")
     device = choose_device(request.device)
     tier = choose_tier(request.tier)
     use_threads(request.threads, device)
     link = LinkSpec.parse(request.link) if request.link else None
-    loaded = load_model(request.model or policy.shape.model_id, device=device, dtype=request.dtype)
-    check_shape(policy.shape, loaded.shape)
-    texts = choose_prompts(held_out(read_prompts(request.prompts), policy), request.limit)
-    prompts = tokenize(loaded.tokenizer, texts, MAX_PROMPT_TOKENS)
-    return Prepared(loaded, device, link, tier, texts, prompts)
+    texts = read_prompts(request.prompts)
+    if held_out_from is not None:
+        texts = held_out(texts, held_out_from)
+    loaded = load_model(model, device=device, dtype=request.dtype)
+    prompts = tokenize(loaded.tokenizer, choose_prompts(texts, request.limit), MAX_PROMPT_TOKENS)
+    return Prepared(loaded, device, link, tier, prompts)
 
 
 def held_out(texts: Sequence[PromptText], policy: PolicyFile) -> list[PromptText]:

@@ -113,7 +113,7 @@ class Machine:
             spec=spec,
             shape=self.loaded.shape,
             trace_id=self.trace_id,
-            device=f"{machine_name(str(self.device))} ({self.device})",
+            device=device_name(self.device),
             link=self.link_name,
             link_origin=self.link_origin,
             batch_size=batch_size,
@@ -179,6 +179,11 @@ class Machine:
     def close(self) -> None:
         """Give back page locks and files."""
         self.blocks.close()
+
+
+def device_name(device: torch.device) -> str:
+    """The machine and the device, as results name them."""
+    return f"{machine_name(str(device))} ({device})"
 
 
 @contextmanager

@@ -14,33 +14,28 @@ from pathlib import Path
 
 import torch
 
-from ..simulator.account import RunRecord
 from ..simulator.costs import CostModel
 from ..simulator.forecast import Forecaster
 from ..simulator.policy.spec import PolicyFile, PolicySpec, make_spec
 from ..simulator.result import MemoryResult, Result, Verdict
 from ..simulator.workload import Workload, workload_of
-from ..tracer.copies import CHUNK_BYTES
 from ..tracer.errors import ResourceError, UsageError
 from ..tracer.generate import Generated, Prompt
-from ..tracer.kernels import measure_group_s
 from ..tracer.link import measure_link
-from ..tracer.memory import spread_by_size
 from ..tracer.placement import choose_residency, hardware_profile
 from ..tracer.probe import machine_name, provenance
-from ..tracer.prompts import PromptText, batches
+from ..tracer.prompts import PromptText
 from ..tracer.record import Recorder, Recording, ResidentExperts, record_run
 from ..tracer.store import Trace
 from ..tracer.tracing import recorded_names
 from ..tracer.types import RunSettings
 from ..tracer.writer import TraceWriter
-from .calibrate import calibrate, calibration_specs, memory_points, prefetch_specs
+from .calibrate import Calibration
 from .deploy import Prepared, RunRequest, prepare, same_text
-from .machine import Machine
+from .machine import Machine, device_name
 from .verdict import Pair, judge, noise_of, summarise
 
 SHARES = (0.25, 0.75)
-_MEMORY_SIZES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +98,7 @@ def verify(
     try:
         specs = configurations(policy.behaviour, learned.workload)
         runs = [_Measured(spec) for spec in specs]
-        trial = _Trial(machine, request, judged, calibration, reference, learned)
+        trial = _Trial(machine, request, judged, calibration, reference)
         controls: list[tuple[Result, Result]] = []
         for repeat in range(request.repeats):
             say(f"repeat {repeat + 1} of {request.repeats}: calibrate, predict, measure")
@@ -154,23 +149,23 @@ class _Trial:
         judged: Sequence[Prompt],
         calibration: Sequence[Prompt],
         reference: _Reference,
-        learned: _Reference,
     ) -> None:
         self._machine = machine
         self._run = request.run
         self._judged = judged
-        self._calibration = calibration
         self._reference = reference
-        self._specs = calibration_specs(machine.loaded.shape, learned.workload.popularity())
-        sizes = spread_by_size(list(batches(calibration, request.run.batch_size)), _MEMORY_SIZES)
-        self._memory = memory_points(machine, self._specs, sizes)
+        self._calibrator = Calibration(
+            machine,
+            calibration,
+            batch_size=request.run.batch_size,
+            max_new_tokens=request.run.max_new_tokens,
+        )
 
     def repeat(
         self, runs: Sequence[_Measured], advance: Callable[[int], None]
     ) -> tuple[Result, Result]:
         """One round of pairs. Returns the base configuration's two measurements, for the noise."""
-        costs = self._calibrate(advance)
-        forecaster = self._forecaster(costs)
+        forecaster = self._forecaster(self._calibrator.measure(advance))
         predicted = [forecaster.predict(run.spec) for run in runs]
         base: list[Result] = []
         for run, forecast in zip(runs, predicted, strict=True):
@@ -183,38 +178,6 @@ class _Trial:
         advance(1)
         return base[0], base[1]
 
-    def _calibrate(self, advance: Callable[[int], None]) -> CostModel:
-        shape = self._machine.loaded.shape
-        specs = list(self._specs)
-        if self._reference.workload.lookahead:
-            specs += prefetch_specs(shape)
-        runs: list[tuple[PolicySpec, RunRecord]] = []
-        for spec in specs:
-            nothing = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
-            record, _ = self._machine.run(
-                spec,
-                self._calibration,
-                batch_size=self._run.batch_size,
-                max_new_tokens=self._run.max_new_tokens,
-                memory=nothing,
-            )
-            runs.append((spec, record))
-            advance(1)
-        return calibrate(
-            runs,
-            shape=shape,
-            group_s=measure_group_s(
-                self._machine.loaded.layers[0],
-                self._machine.blocks.layout,
-                shape,
-                self._machine.device,
-                self._machine.loaded.implementation,
-            ),
-            link_name=self._machine.link_name,
-            memory=self._memory,
-            chunk_bytes=CHUNK_BYTES,
-        )
-
     def _forecaster(self, costs: CostModel) -> Forecaster:
         machine = self._machine
         return Forecaster(
@@ -222,7 +185,7 @@ class _Trial:
             costs=costs,
             shape=machine.loaded.shape,
             trace_id=machine.trace_id,
-            device=f"{machine_name(str(machine.device))} ({machine.device})",
+            device=device_name(machine.device),
             link=machine.link_name,
             link_origin=machine.link_origin,
             submit_s=0.0,

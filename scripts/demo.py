@@ -1,4 +1,4 @@
-"""The main job on the embedded model: trace, tune, deploy, verify. What `make demo` runs.
+"""The main job on the embedded model: trace, calibrate, tune, deploy, verify. What `make demo` runs.
 
 Each step is the command a user would type; it is printed before it runs.
 """
@@ -33,14 +33,16 @@ def main() -> int:
 
 
 def run_all(out: Path, link: str) -> int:
-    """The loop: record, choose, run, judge."""
+    """The loop: record, measure the machine, choose, run, judge."""
     trace, policy = str(out / "trace"), str(out / "policy.json")
+    machine = str(out / "machine.json")
     emulated = ["--link", link]
     run = ["run", "--out", trace, "--limit", "24", *emulated]
-    tune = ["tune", trace, "--budget", "0.5", "--out", policy]
+    calibrate = ["calibrate", "--out", machine, *emulated]
+    tune = ["tune", trace, "--budget", "0.5", "--machine", machine, "--out", policy]
     deploy = ["deploy", policy, *emulated, "--out", str(out / "measured.json")]
     verify = ["verify", policy, *emulated, "--out", str(out / "verdict.json")]
-    for step in (run, ["check", trace], tune, deploy, verify):
+    for step in (run, ["check", trace], calibrate, tune, deploy, verify):
         code = call(step)
         if code == 5:
             print("The forecast was not validated on this machine, now; the verdict says why.")

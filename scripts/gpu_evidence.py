@@ -35,13 +35,15 @@ def main() -> int:
 def parts(out: Path) -> list[tuple[str, list[str]]]:
     """The parts in order: name of the log, and the command."""
     trace, policy = str(out / "trace"), str(out / "policy.json")
+    machine = str(out / "machine.json")
     cuda = ["--device", "cuda"]
     return [
         ("doctor", [*COMMAND, "doctor", "--json"]),
         ("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", str(ROOT / "tests" / "gpu")]),
         ("run", [*COMMAND, "run", "--out", trace, "--limit", "24", "--overwrite", *cuda]),
         ("check", [*COMMAND, "check", trace]),
-        ("tune", [*COMMAND, "tune", trace, "--budget", "0.5", "--out", policy]),
+        ("calibrate", [*COMMAND, "calibrate", "--out", machine, *cuda]),
+        ("tune", [*COMMAND, "tune", trace, "--machine", machine, "--out", policy]),
         ("deploy", [*COMMAND, "deploy", policy, *cuda, "--out", str(out / "measured.json")]),
         ("verify", [*COMMAND, "verify", policy, *cuda, "--out", str(out / "verdict.json")]),
     ]

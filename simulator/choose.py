@@ -136,6 +136,12 @@ def explain(
         f"Peak device memory {format_bytes(best.peak_device_bytes)}, of which slots "
         f"{format_bytes(best.memory.slots)}."
     )
+    lines.append(
+        "The machine's costs were calibrated with the runtime itself."
+        if forecaster.decision_is_measured
+        else "The costs come from the trace alone, without what the runtime adds: the order counts, the "
+        "speed is optimistic. Calibrate with `expertflow-trace calibrate` and pass --machine."
+    )
     if forecaster.link_origin != "measured":
         lines.append(
             f"The link is {forecaster.link_origin} ({forecaster.link}), not a measured bus."

@@ -15,9 +15,10 @@ from ..tracer.types import ModelShape, Origin, Provenance
 from .account import RunContext, RunRecord, summarize
 from .costs import NO_TRAFFIC, CostModel, as_one_walk, fit_costs
 from .engine import simulate
+from .machine import MachineFile
 from .policy.base import Signals
 from .policy.future import Future
-from .policy.spec import PolicySpec, make_spec
+from .policy.spec import PolicySpec, check_shape, make_spec
 from .result import Bounds, Result
 from .workload import Workload, workload_of
 
@@ -128,12 +129,27 @@ class Forecaster:
         )
 
 
-def forecaster(trace: Trace, *, link: LinkSpec | None = None, seed: int = 0) -> Forecaster:
-    """Prepare predictions from a trace, on its own machine or behind a declared link."""
+def forecaster(
+    trace: Trace,
+    *,
+    link: LinkSpec | None = None,
+    machine: MachineFile | None = None,
+    seed: int = 0,
+) -> Forecaster:
+    """Prepare predictions from a trace: on its own machine, a calibrated one, or behind a declared link.
+
+    Raises PolicyError if the calibrated machine ran another model.
+    """
     workload = workload_of(trace)
-    costs = costs_of(trace)
     profile = trace.hardware.link
+    device = f"{trace.hardware.name} ({trace.hardware.device})"
     name, origin = profile.name, profile.origin
+    if machine is None:
+        costs = costs_of(trace)
+    else:
+        check_shape(machine.shape, trace.shape)
+        costs, device = machine.costs, machine.device
+        name, origin = machine.link, machine.link_origin
     if link is not None:
         costs, name, origin = costs.with_link(link), link.text, "declared"
     return Forecaster(
@@ -141,10 +157,11 @@ def forecaster(trace: Trace, *, link: LinkSpec | None = None, seed: int = 0) -> 
         costs=costs,
         shape=trace.shape,
         trace_id=trace.manifest.trace_id,
-        device=f"{trace.hardware.name} ({trace.hardware.device})",
+        device=device,
         link=name,
         link_origin=origin,
         submit_s=profile.submit_s,
+        decision_is_measured=machine is not None,
         provenance=provenance(seed, trace.manifest.provenance.text),
         warnings=trace.manifest.warnings,
     )

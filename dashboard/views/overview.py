@@ -161,9 +161,7 @@ def _headline(subject: Subject, tuning: Tuning) -> None:
             _speed_tile(f"{name}, predicted", start, start.tokens_per_s)
         if chosen:
             old = start.tokens_per_s if start else None
-            _speed_tile(
-                "Chosen, from the trace", chosen, chosen.tokens_per_s, old, "of that"
-            )
+            _speed_tile("Chosen, from the trace", chosen, chosen.tokens_per_s, old, "of that")
             _measured_tile(subject, chosen)
     for note in chosen.warnings if chosen else ():
         st.warning(words.plain(note))
@@ -174,9 +172,7 @@ def _measured_tile(subject: Subject, chosen: Result) -> None:
     if pair is not None:
         # The trace's forecast knows nothing of the runtime's own overhead; verify calibrates it.
         calibrated, value = pair
-        _speed_tile(
-            "Chosen, by verify", chosen, calibrated, note="calibrated forecast"
-        )
+        _speed_tile("Chosen, by verify", chosen, calibrated, note="calibrated forecast")
         _speed_tile("Chosen, measured", chosen, value, calibrated, "of verify's forecast")
         return
     value = measured_speeds([chosen], subject.verdicts, subject.results).get(chosen.label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -78,7 +79,7 @@ def deploy(
         print_json(result)
     else:
         rows = result_rows(result)
-        rows.append(("predicted", _predicted(chosen.evidence.get("predicted"))))
+        rows.append(("predicted", _predicted(chosen.evidence)))
         rows.append(("same text", _yes(result.same_tokens)))
         rows.append(("log replays", _yes(result.log_replays)))
         print_rows(f"Measured: {result.label}", rows)
@@ -90,14 +91,16 @@ def deploy(
         raise NotValidatedError("The decision log does not replay.")
 
 
-def _predicted(evidence: Any) -> str:
-    """What `tune` expected. `verify` compares like with like: same prompts, calibrated runtime."""
-    if not isinstance(evidence, dict):
+def _predicted(evidence: Mapping[str, Any]) -> str:
+    """What `tune` expected. `verify` compares like with like: same prompts, calibrated just before."""
+    predicted = evidence.get("predicted")
+    if not isinstance(predicted, dict):
         return "the policy carries no prediction"
+    costs = "calibrated costs" if evidence.get("calibrated") else "costs of the trace alone"
     return (
-        f"{evidence['tokens_per_s']:.1f} tokens/s, decode hits {evidence['decode']['hit_rate']:.1%}, on the "
-        f"trace's prompts over {evidence['link']} ({evidence['link_origin']}), batch "
-        f"{evidence['batch_size']}, without the runtime's own overhead; `verify` calibrates"
+        f"{predicted['tokens_per_s']:.1f} tokens/s, decode hits {predicted['decode']['hit_rate']:.1%}: "
+        f"other prompts, {costs}, {predicted['link']} ({predicted['link_origin']}), batch "
+        f"{predicted['batch_size']}"
     )
 
 

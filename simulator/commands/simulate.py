@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...tracer.commands.options import Budget, DeclaredLink, Json, ResultOut, TraceDir
+from ...tracer.commands.options import Budget, DeclaredLink, Json, MachinePath, ResultOut, TraceDir
 from ...tracer.console import print_json, print_rows
 
 
@@ -20,6 +20,7 @@ def simulate(
     scheduler: Annotated[str, typer.Option(help="Which sequences run together.")] = "fcfs",
     policy: Annotated[Path | None, typer.Option(help="A policy.json instead of the names.")] = None,
     link: DeclaredLink = None,
+    machine: MachinePath = None,
     out: ResultOut = None,
     as_json: Json = False,
 ) -> None:
@@ -32,12 +33,17 @@ def simulate(
     from ...tracer.store import Trace
     from ..budget import parse_budget
     from ..forecast import forecaster
+    from ..machine import read_machine
     from ..policy.spec import check_shape, make_spec, read_policy
     from ..report import result_rows
     from ..split import split_by_batch
 
     opened = Trace.open(trace)
-    ready = forecaster(opened, link=LinkSpec.parse(link) if link else None)
+    ready = forecaster(
+        opened,
+        link=LinkSpec.parse(link) if link else None,
+        machine=read_machine(machine) if machine else None,
+    )
     if policy is not None:
         chosen = read_policy(policy)
         check_shape(chosen.shape, opened.shape)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...tracer.commands.options import Budget, DeclaredLink, Json, TraceDir
+from ...tracer.commands.options import Budget, DeclaredLink, Json, MachinePath, TraceDir
 from ...tracer.console import print_json, print_rows, progress, say
 
 
@@ -16,6 +16,7 @@ def tune(
     out: Annotated[Path, typer.Option(help="Where to write policy.json.")],
     budget: Budget = "0.5",
     link: DeclaredLink = None,
+    machine: MachinePath = None,
     as_json: Json = False,
 ) -> None:
     """Sweep the built-in policies, pick the fastest, and say why.
@@ -31,11 +32,16 @@ def tune(
     from ..choose import candidates
     from ..choose import tune as choose
     from ..forecast import forecaster
+    from ..machine import read_machine
     from ..policy.spec import PolicyFile, write_policy
     from ..report import result_rows
 
     opened = Trace.open(trace)
-    ready = forecaster(opened, link=LinkSpec.parse(link) if link else None)
+    ready = forecaster(
+        opened,
+        link=LinkSpec.parse(link) if link else None,
+        machine=read_machine(machine) if machine else None,
+    )
     slots = parse_budget(budget, opened.shape)
     count = len(candidates(slots, ready.workload.popularity(), lookahead=ready.workload.lookahead))
     with progress("tuning", count, "policies") as report:
@@ -48,6 +54,7 @@ def tune(
         trace=opened.manifest.trace_id,
         evidence={
             "predicted": to_json(choice.predicted),
+            "calibrated": machine is not None,
             "explanation": list(choice.tuning.explanation),
             "hardware": to_json(opened.hardware),
             "prompt_sha256": opened.table("sequences", columns=["prompt_sha256"]).to_pydict()[

@@ -35,6 +35,9 @@ PolicyPath = Annotated[Path, typer.Argument(help="policy.json, as written by `tu
 PolicyModel = Annotated[
     str | None, typer.Option("--model", help="Hub id or folder; default: the policy's model.")
 ]
+MachinePath = Annotated[
+    Path | None, typer.Option("--machine", help="A machine.json, as written by `calibrate`.")
+]
 TraceDir = Annotated[Path, typer.Argument(help="Trace folder.", metavar="DIR")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 ResultOut = Annotated[Path | None, typer.Option("--out", help="Also write the result here.")]

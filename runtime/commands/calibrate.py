@@ -1,0 +1,106 @@
+"""`expertflow-trace calibrate`: measure what offloading costs on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...tracer.commands.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    EmulatedLink,
+    Json,
+    MaxNewTokens,
+    Prompts,
+    Threads,
+    Tier,
+)
+from ...tracer.console import print_json, print_rows, progress, say
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Where to write machine.json.")],
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder, or 'embedded' (shipped with the package).")
+    ] = "embedded",
+    prompts: Prompts = None,
+    limit: Annotated[int, typer.Option(help="Use at most this many prompts.")] = 4,
+    batch_size: BatchSize = 1,
+    max_new_tokens: MaxNewTokens = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    link: EmulatedLink = None,
+    tier: Tier = "ram",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the runtime's own costs, so that forecasts from a trace include them.
+
+    Example: expertflow-trace calibrate --out machine.json
+    """
+    from ...simulator.machine import MachineFile
+    from ...tracer.probe import provenance
+    from ...tracer.quantities import format_seconds
+    from ...tracer.records import write_json
+    from ..calibrate import Calibration
+    from ..deploy import RunRequest, load
+    from ..machine import Machine, device_name
+
+    request = RunRequest(
+        model=model,
+        prompts=prompts,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        link=link,
+        tier=tier,
+        threads=threads,
+    )
+    prepared = load(request, model, held_out_from=None)
+    say(f"{prepared.loaded.shape.model_id} on {prepared.device}: short runs of the runtime itself")
+    machine = Machine(
+        prepared.loaded, prepared.device, link=prepared.link, tier=prepared.tier, pin=request.pin
+    )
+    try:
+        calibration = Calibration(
+            machine, prepared.prompts, batch_size=batch_size, max_new_tokens=max_new_tokens
+        )
+        with progress("calibrating", len(calibration.specs), "runs") as report:
+            costs = calibration.measure(report.advance)
+    finally:
+        machine.close()
+    found = MachineFile(
+        costs=costs,
+        shape=prepared.loaded.shape,
+        device=device_name(machine.device),
+        link=machine.link_name,
+        link_origin=machine.link_origin,
+        batch_size=batch_size,
+        provenance=provenance(0, "own-generation"),
+    )
+    write_json(out, found)
+    if as_json:
+        print_json(found)
+        return
+    copy = f"{format_seconds(costs.copy_s)} idle, {format_seconds(costs.busy_copy_s)} under compute"
+    fit = ", ".join(
+        f"{name} {getattr(costs.decode, name).residual:.0%}"
+        for name in ("mixer", "experts", "decision")
+    )
+    print_rows(
+        f"Machine {out}",
+        [
+            ("device", found.device),
+            ("link", f"{found.link} ({found.link_origin})"),
+            ("copy of one expert", copy),
+            ("wait", f"{format_seconds(costs.wake_s)} on top"),
+            ("one more slot in a pool", format_seconds(costs.group_s)),
+            ("median error of the fit, decode", fit),
+        ],
+    )
+    say(f"Next: expertflow-trace tune TRACE --budget 0.5 --machine {out} --out policy.json")
