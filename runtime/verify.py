@@ -122,6 +122,7 @@ def configurations(spec: PolicySpec, workload: Workload) -> list[PolicySpec]:
         spec,
         kind("none", spec.slots),
         kind("lru", spec.slots),
+        kind("static", spec.slots),
         *(spec.with_slots(max(1, round(share * total))) for share in SHARES),
         *(kind("lru", round(share * total)) for share in SHARES),
         kind("lfu", round(0.375 * total)),
@@ -136,7 +137,7 @@ def configurations(spec: PolicySpec, workload: Workload) -> list[PolicySpec]:
 
 def count_runs(repeats: int) -> int:
     """Upper bound of timed runs, for the progress bar: calibration, configurations, control."""
-    return repeats * (5 + 9 + 1)
+    return repeats * (5 + 10 + 1)
 
 
 class _Trial:
