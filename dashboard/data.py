@@ -18,6 +18,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from ..simulator.machine import MACHINE_FORMAT
 from ..simulator.policy.spec import POLICY_FORMAT, PolicyFile, read_policy
 from ..simulator.result import (
     RESULT_FORMAT,
@@ -223,6 +224,10 @@ _KINDS: Final[Mapping[str, type[Any]]] = {
 }
 
 
+_NOT_SHOWN: Final = frozenset({MACHINE_FORMAT, "expertflow.info/1", "expertflow.run/1"})
+"""Ours and sound, but no page has a use for them."""
+
+
 @lru_cache(maxsize=256)
 def _load(key: FileKey) -> tuple[str, Any]:
     """The format of a JSON file and its record; no format for files that are none of ours."""
@@ -234,6 +239,8 @@ def _load(key: FileKey) -> tuple[str, Any]:
     if not isinstance(kind, str):
         if path.name == "manifest.json" and (path.parent / "routing").is_dir():
             raise TraceError(f'no "format" field; a trace says "{TRACE_FORMAT}".')
+        return "", None
+    if kind in _NOT_SHOWN:
         return "", None
     if kind not in _KINDS:
         if kind.startswith("expertflow."):

@@ -50,7 +50,9 @@ def _choose(found: Sequence[Found[Verdict]]) -> Verdict:
 
 
 def _in_words(verdict: Verdict) -> None:
-    summary = words.plain(verdict.summary).removeprefix("Validated.").removeprefix("NOT validated:")
+    # The summary opens with the same words, for those who read it elsewhere.
+    bare = verdict.summary.removeprefix("Validated.").removeprefix("NOT validated:").strip()
+    summary = words.plain(bare)
     if verdict.validated:
         st.success(f"**Validated.** {summary}", icon=":material/check_circle:")
     else:

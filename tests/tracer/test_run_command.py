@@ -19,9 +19,10 @@ from expertflow.tracer.store import Trace
 from tests.models import TEXTS, tiny, write_prompts
 
 ENDLESS = """
-import sys
+import signal, sys
 from expertflow.tracer import record
 from expertflow.tracer.main import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands down "ignored"
 record._ROWS_PER_TABLE, record._FLUSH_EVERY_S = 30, 0.0  # parts appear at once
 main(sys.argv[1:])
 """
