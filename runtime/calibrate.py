@@ -182,7 +182,7 @@ def _one_walk(spec: PolicySpec, record: RunRecord, shape: ModelShape, group_s: f
     core = spec.build(shape)
     pools = {layer: core.pool_slots(layer) for layer in range(shape.num_moe_layers)}
     steps = as_one_walk(record.steps, pools, group_s, shape.num_experts)
-    if spec.predictor.name == "none":
+    if not spec.predicts:
         steps["lookahead_s"] = [math.nan] * len(steps["lookahead_s"])
     return replace(record, steps=steps)
 

@@ -15,11 +15,15 @@ from ..tracer.errors import ResourceError, UsageError
 from ..tracer.generate import Generated, Prompt
 from ..tracer.load import LoadedModel, choose_device, load_model
 from ..tracer.placement import choose_residency, choose_tier, free_bytes, use_threads
-from ..tracer.prompts import PromptText, choose_prompts, read_prompts, tokenize
+from ..tracer.prompts import (
+    MAX_PROMPT_TOKENS,
+    PromptText,
+    choose_prompts,
+    read_prompts,
+    tokenize,
+)
 from ..tracer.quantities import LinkSpec, format_bytes
 from .machine import Machine, generate_all
-
-MAX_PROMPT_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from ..tracer.hooks import install
 from ..tracer.load import LoadedModel
 from ..tracer.quantities import LinkSpec
 from ..tracer.timing import StepInfo, StepTimer, step_timer
-from ..tracer.types import ExpertKey, ModelShape
+from ..tracer.types import ModelShape
 from .experts import OffloadedExperts
 from .store import ExpertStore
 
@@ -113,10 +113,6 @@ class Session:
         """The event has been computed."""
         self._core.release(self._step, layer)
 
-    def slot_of(self, key: ExpertKey) -> int | None:
-        """Where an expert lives now."""
-        return self._core.slot_of(key)
-
     def copies(self) -> list[CopyRow]:
         """Every copy so far, with its times."""
         return self.store.rows()
@@ -131,11 +127,11 @@ class Session:
         self.store.close()
 
     def _lookahead_depth(self, spec: PolicySpec) -> int:
-        if "lookahead" not in spec.needs():
+        if spec.lookahead_depth == 0:
             return 0
         if any(gate is None for gate in self._gates):
             raise UsageError(
                 f"predictor {spec.predictor.name!r} applies the gates of later layers early, but this "
                 "model's gates could not be found. Choose predictor none."
             )
-        return int(spec.predictor.params.get("depth", 1))
+        return spec.lookahead_depth

@@ -84,7 +84,7 @@ def verify(
         f"{prepared.loaded.shape.model_id} on {prepared.device}: the resident model's text and routing"
     )
     has_gates = all(layer.gate is not None for layer in prepared.loaded.layers)
-    depth = int(policy.behaviour.predictor.params.get("depth", 1)) if has_gates else 0
+    depth = max(1, policy.behaviour.lookahead_depth) if has_gates else 0
     reference = _reference(prepared, judged, request.run, depth)
     learned = _reference(prepared, calibration, request.run, depth)
     machine = Machine(

@@ -2,7 +2,8 @@
 
 Two processes share the decision core's commands: compute (walks the workload layer by layer) and the link
 (demand before prefetch, chunk by chunk). The order of calls into the core is that of the runtime's driver
-(runtime/experts.py and runtime/session.py); there is no branch on the policy here either.
+(runtime/experts.py and runtime/session.py). All it asks of a policy is whether it predicts at all, to charge
+the time that takes.
 """
 
 from __future__ import annotations
@@ -162,10 +163,8 @@ class Simulation:
         self.log: list[Entry] = []
         future = Future(workload.events()) if "future" in spec.needs() else None
         self._core: Residency = spec.build(shape, future=future, log=self.log)
-        self._depth = (
-            int(spec.predictor.params.get("depth", 1)) if "lookahead" in spec.needs() else 0
-        )
-        self._charges_lookahead = spec.predictor.name != "none"
+        self._depth = spec.lookahead_depth
+        self._charges_lookahead = spec.predicts
         self._env = simpy.Environment()
         self._link = Link(self._env, costs)
         self._flying: dict[ExpertKey, _Copy] = {}

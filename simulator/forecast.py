@@ -100,8 +100,8 @@ class Forecaster:
 
     def require(self, spec: PolicySpec) -> None:
         """Raise UsageError if the trace did not record what a policy needs."""
-        depth = int(spec.predictor.params.get("depth", 1))
-        if "lookahead" in spec.needs() and self.workload.lookahead < depth:
+        depth = spec.lookahead_depth
+        if self.workload.lookahead < depth:
             raise UsageError(
                 f"predictor {spec.predictor.name!r} needs look-ahead ids to depth {depth}, but the trace "
                 f"recorded {self.workload.lookahead}. Trace again with --lookahead {depth}."
@@ -199,7 +199,7 @@ def measure_decision_s(workload: Workload, spec: PolicySpec, shape: ModelShape) 
     future = Future(workload.events()) if "future" in spec.needs() else None
     core = spec.build(shape, future=future)
     core.warm()
-    depth = int(spec.predictor.params.get("depth", 1))
+    depth = spec.lookahead_depth
     events = [(step.step, event) for step in workload.steps for event in step.events]
     seconds: list[float] = []
     for step, event in events[:_TIMED_EVENTS]:

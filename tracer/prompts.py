@@ -13,6 +13,9 @@ from . import embedded
 from .errors import InputError, UsageError
 from .generate import Prompt
 
+MAX_PROMPT_TOKENS = 2048
+"""Longer prompts are cut here."""
+
 
 @dataclass(frozen=True, slots=True)
 class PromptText:

@@ -22,7 +22,7 @@ from .load import LoadedModel, choose_device, load_model
 from .memory import SilentObserver, measure_memory, spread_by_size
 from .placement import choose_residency, hardware_profile, use_threads
 from .probe import machine_name, provenance
-from .prompts import PromptText, batches, choose_prompts, read_prompts, tokenize
+from .prompts import MAX_PROMPT_TOKENS, PromptText, batches, choose_prompts, read_prompts, tokenize
 from .quantities import LinkSpec, format_bytes, format_seconds
 from .record import Recorder, Recording, ResidentExperts, record_run, stream_handlers
 from .schema import Manifest
@@ -30,7 +30,6 @@ from .types import HardwareProfile, MemoryPoint, RunSettings
 from .writer import TraceWriter
 
 MAX_LOOKAHEAD = 3
-_MAX_PROMPT_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +74,7 @@ def trace_run(
     loaded = load_model(
         request.model, device=device, dtype=request.dtype, revision=request.revision
     )
-    prompts = tokenize(loaded.tokenizer, texts, _MAX_PROMPT_TOKENS)
+    prompts = tokenize(loaded.tokenizer, texts, MAX_PROMPT_TOKENS)
     residency = choose_residency(request.residency, loaded.shape, device)
     say(f"{loaded.shape.model_id} on {device}, {residency}, {threads} threads; measuring the link")
     recording = Recording(

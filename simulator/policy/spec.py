@@ -70,6 +70,18 @@ class PolicySpec:
         """Whether the text is guaranteed to stay the same."""
         return all(family.get(self.members[family.kind].name).is_lossless for family in FAMILIES)
 
+    @property
+    def predicts(self) -> bool:
+        """Whether there is a predictor whose time must be accounted for."""
+        return self.predictor.name != "none"
+
+    @property
+    def lookahead_depth(self) -> int:
+        """How many layers ahead gates must be applied early; 0 if no member asks for it."""
+        if "lookahead" not in self.needs():
+            return 0
+        return int(self.predictor.params.get("depth", 1))
+
     def describe(self) -> dict[str, str]:
         """The policy in words, for results."""
         return {
@@ -83,7 +95,7 @@ class PolicySpec:
         parts = [str(self.cache)]
         if self.allocation.name != "equal":
             parts.append(str(self.allocation))
-        if self.predictor.name != "none":
+        if self.predicts:
             parts.append(str(self.predictor))
         return " + ".join(parts) + f" @ {self.slots} slots"
 
