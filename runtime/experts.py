@@ -43,8 +43,10 @@ class OffloadedExperts:
         timer.enter()
         chosen = top_k_index.cpu().numpy()
         timer.lap("readback_s")
-        experts = np.unique(chosen).tolist()
-        demand = session.demand(self._layer, experts)
+        experts, counts = np.unique(chosen, return_counts=True)
+        demand = session.demand(
+            self._layer, experts.tolist(), counts.tolist(), self._weights(top_k_weights, chosen)
+        )
         output = self._run(demand, hidden_states, chosen, top_k_weights)
         session.release(self._layer)
         timer.lap("decision_s")
@@ -80,6 +82,15 @@ class OffloadedExperts:
             output = combine(partial, hidden_states, top_k_weights)
             timer.lap("experts_s")
         return output
+
+    def _weights(self, top_k_weights: torch.Tensor, chosen: np.ndarray) -> list[float]:
+        """Summed gate weights of the distinct experts, ascending, if the policy asks for them."""
+        if not self._session.needs_weights:
+            return []
+        # Rounded as in a trace, so that a policy decides here what it decided in the simulator.
+        weights = top_k_weights.float().cpu().numpy().astype(np.float16).reshape(chosen.shape)
+        _, inverse = np.unique(chosen, return_inverse=True)
+        return np.bincount(inverse.ravel(), weights.ravel()).tolist()
 
     def _signals(self, hidden_states: torch.Tensor) -> Signals:
         found: dict[int, list[list[int]]] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..simulator.account import CopyRow
-from ..simulator.policy.base import Demand, Load, Signals
+from ..simulator.policy.base import Demand, Facts, Load, Signals
 from ..simulator.policy.log import Entry
 from ..simulator.policy.residency import Pool
 from ..simulator.policy.spec import PolicySpec
@@ -58,10 +58,17 @@ class Session:
         self.outcomes = {"hits": 0, "lates": 0, "misses": 0}
         self.timer: StepTimer = step_timer(device)
         self._core = spec.build(loaded.shape, log=self.log if keep_log else None)
+        if spec.misses.name != "load":
+            raise UsageError(
+                f"misses {spec.misses.name!r} cannot be deployed yet: the runtime loads every missing "
+                "expert. Use `--misses load`, or stay in the simulator."
+            )
         self._gates = [layer.gate for layer in loaded.layers]
         self.lookahead = self._lookahead_depth(spec)
         self.store = ExpertStore(blocks, spec.slots, device, self.timer.now, link=link)
         self._step = -1
+        self._is_prefill = True
+        self.needs_weights = "gate_weights" in spec.needs()
         self._keeps_log = keep_log
         self._restore: Callable[[], None] = install(
             loaded.model, loaded.layers, lambda layer: OffloadedExperts(self, layer)
@@ -79,6 +86,7 @@ class Session:
     def begin_step(self, info: StepInfo, tokens: StepTokens | None = None) -> None:
         """A forward pass starts."""
         self._step = info.step
+        self._is_prefill = info.phase == "prefill"
         self.timer.begin(info)
 
     def end_step(self) -> float:
@@ -89,11 +97,17 @@ class Session:
             self.store.count_bytes()
         return seconds
 
-    def demand(self, layer: int, experts: Sequence[int]) -> Demand:
-        """Report finished prefetches, ask the core, carry out its cancels."""
+    def demand(
+        self, layer: int, experts: Sequence[int], tokens: Sequence[int], weights: Sequence[float]
+    ) -> Demand:
+        """Report finished prefetches, ask the core, carry out its cancels.
+
+        `tokens` and `weights` are by expert, as in policy.base.Facts.
+        """
         for key in self.store.arrived():
             self._core.loaded(self._step, key)
-        answer = self._core.demand(self._step, layer, experts)
+        facts = Facts(self._is_prefill, tuple(tokens), tuple(weights))
+        answer = self._core.demand(self._step, layer, experts, facts)
         for key in answer.cancels:
             self.store.cancel(key)
         self.outcomes["hits"] += answer.hits

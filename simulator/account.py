@@ -15,9 +15,11 @@ import numpy as np
 
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import ExpertKey, ModelShape, Origin, Provenance, Why
+from .outcomes import prefetch_outcomes
 from .policy.log import Entry
 from .policy.spec import PolicySpec
 from .result import (
+    ArrivalResult,
     Bounds,
     MemoryResult,
     Percentiles,
@@ -27,6 +29,17 @@ from .result import (
     Source,
     TimeSplit,
 )
+
+LAPS: tuple[str, ...] = (
+    "mixer_s",
+    "readback_s",
+    "decision_s",
+    "lookahead_s",
+    "stall_s",
+    "experts_s",
+    "cpu_s",
+)
+"""Parts of a layer's time, in the order they are named in results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +58,57 @@ class CopyRow:
 
 @dataclass(frozen=True, slots=True)
 class SequenceTimes:
-    """When one sequence's tokens appeared, in seconds from the start of its batch."""
+    """When one sequence's tokens appeared, in seconds from the start of its first pass or its arrival."""
 
     sequence: int
     prompt_tokens: int
     token_s: tuple[float, ...]
+    is_request: bool = False
+    """Times count from its arrival, so that its first token was waited for even without a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """Raw rows of one run. `steps` are columns as in the trace's steps table."""
+    """Raw rows of one run. `steps` are columns as in the trace's steps table.
+
+    `link_busy_s` is the time the link spent on copies, if the run counted it; else it is worked out of them.
+    """
 
     steps: Mapping[str, Sequence[Any]]
     copies: Sequence[CopyRow]
     log: Sequence[Entry]
     sequences: Sequence[SequenceTimes]
+    memory: MemoryResult
+    link_busy_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepTotals:
+    """What each forward pass took, demanded and moved: one array entry per pass.
+
+    `laps_s` are sums over the pass's layers by name (LAPS). `bytes_moved` counts copies by the pass that asked for
+    them, those before the first pass left out.
+    """
+
+    is_decode: np.ndarray
+    total_s: np.ndarray
+    laps_s: Mapping[str, np.ndarray]
+    events: np.ndarray
+    distinct: np.ndarray
+    hits: np.ndarray
+    lates: np.ndarray
+    misses: np.ndarray
+    bytes_moved: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunTotals:
+    """A run added up by pass: all that a Result is made of, whichever engine or machine it ran on."""
+
+    steps: StepTotals
+    prefetch: PrefetchResult
+    sequences: Sequence[SequenceTimes]
+    link_busy_s: float
     memory: MemoryResult
 
 
@@ -79,24 +128,33 @@ class RunContext:
     warnings: tuple[str, ...] = ()
 
 
-def summarize(record: RunRecord, context: RunContext, bounds: Bounds | None = None) -> Result:
-    """Add a run up. Raises nothing: empty runs give zeros."""
-    steps = _Steps(record.steps)
-    prefill = _phase(record, steps, "prefill", context.shape)
-    decode = _phase(record, steps, "decode", context.shape)
-    generated = sum(len(sequence.token_s) for sequence in record.sequences)
-    total_s = float(steps.whole_s.sum())
+def summarize(
+    run: RunRecord | RunTotals,
+    context: RunContext,
+    bounds: Bounds | None = None,
+    arrivals: ArrivalResult | None = None,
+) -> Result:
+    """Add a run up, idle time included where requests arrived. Raises nothing: empty runs give zeros."""
+    totals = totals_of(run) if isinstance(run, RunRecord) else run
+    steps = totals.steps
+    prefill = _phase(totals, ~steps.is_decode, sum(s.prompt_tokens for s in totals.sequences))
+    # The first token comes from the prompt's pass, if there was one.
+    decoded = sum(len(s.token_s) - (s.prompt_tokens > 0) for s in totals.sequences if s.token_s)
+    decoded -= arrivals.mixed_tokens if arrivals else 0
+    decode = _phase(totals, steps.is_decode, decoded)
+    generated = sum(len(sequence.token_s) for sequence in totals.sequences)
+    total_s = arrivals.span_s if arrivals else float(steps.total_s.sum())
     demanded = max(1, prefill.demanded + decode.demanded)
-    ttft = percentiles([s.token_s[0] for s in record.sequences if s.token_s])
+    ttft = percentiles(
+        [s.token_s[0] for s in totals.sequences if s.token_s and (s.prompt_tokens or s.is_request)]
+    )
     tpot = percentiles(
         [
             (s.token_s[-1] - s.token_s[0]) / (len(s.token_s) - 1)
-            for s in record.sequences
+            for s in totals.sequences
             if len(s.token_s) > 1
         ]
     )
-    bytes_moved = prefill.bytes_moved + decode.bytes_moved
-    busy_s = _covered_s([(c.start_s, c.end_s) for c in record.copies if c.why != "warm"])
     return Result(
         source=context.source,
         label=context.spec.label,
@@ -118,17 +176,18 @@ def summarize(record: RunRecord, context: RunContext, bounds: Bounds | None = No
         hit_rate=(prefill.hits + decode.hits) / demanded,
         late_rate=(prefill.lates + decode.lates) / demanded,
         miss_rate=(prefill.misses + decode.misses) / demanded,
-        bytes_per_token=_ratio(bytes_moved, generated),
+        bytes_per_token=_ratio(prefill.bytes_moved + decode.bytes_moved, generated),
         stall_s=prefill.stall_s + decode.stall_s,
-        link_busy_share=_ratio(busy_s, total_s),
+        link_busy_share=_ratio(totals.link_busy_s, total_s),
         slots_ratio=decode.mean_distinct / (context.spec.slots / context.shape.num_moe_layers),
-        peak_device_bytes=record.memory.peak_device_bytes,
-        memory=record.memory,
-        time=steps.split(),
+        peak_device_bytes=totals.memory.peak_device_bytes,
+        memory=totals.memory,
+        time=_split(steps),
         prefill=prefill,
         decode=decode,
-        prefetch=prefetch_outcomes(record.log),
+        prefetch=totals.prefetch,
         bounds=bounds or Bounds(),
+        arrivals=arrivals,
         provenance=context.provenance,
         warnings=context.warnings,
     )
@@ -142,49 +201,11 @@ def percentiles(seconds: Sequence[float]) -> Percentiles:
     return Percentiles(mean=float(np.mean(seconds)), p50=float(p50), p95=float(p95), p99=float(p99))
 
 
-def prefetch_outcomes(log: Sequence[Entry]) -> PrefetchResult:
-    """Judge every prefetch by what happened to its expert afterwards.
-
-    useful: demanded after it had arrived; late: demanded while on its way; wasted: evicted or left over
-    undemanded; harmful: the expert it evicted was demanded again before its own was.
-    """
-    issued = useful = late = harmful = cancelled = 0
-    pending: dict[ExpertKey, ExpertKey | None] = {}
-    for entry in log:
-        key = ExpertKey(entry.layer, entry.expert)
-        if entry.kind == "load" and entry.detail == "prefetch":
-            issued += 1
-            gone = ExpertKey(entry.evicted_layer, entry.evicted_expert)
-            pending[key] = gone if gone.layer >= 0 else None
-        elif entry.kind == "cancel":
-            cancelled += 1
-            pending.pop(key, None)
-        elif entry.kind == "event":
-            if key in pending and entry.detail != "miss":
-                useful += entry.detail == "hit"
-                late += entry.detail == "late"
-            pending.pop(key, None)
-            if entry.detail == "miss":
-                hurt = [by for by, gone in pending.items() if gone == key]
-                harmful += len(hurt)
-                for by in hurt:
-                    pending[by] = None
-    wasted = issued - useful - late - cancelled
-    return PrefetchResult(
-        issued=issued,
-        useful=useful,
-        late=late,
-        wasted=wasted,
-        harmful=harmful,
-        cancelled=cancelled,
-    )
-
-
 def largest_waves(log: Sequence[Entry]) -> dict[int, float]:
     """By step: the largest share of an event's experts that ran in one wave."""
     sizes: Counter[tuple[int, int, int]] = Counter()
     for entry in log:
-        if entry.kind == "event":
+        if entry.kind == "event" and entry.wave >= 0:
             sizes[entry.step, entry.layer, entry.wave] += 1
     largest: dict[tuple[int, int], int] = {}
     total: Counter[tuple[int, int]] = Counter()
@@ -200,80 +221,97 @@ def largest_waves(log: Sequence[Entry]) -> dict[int, float]:
     return shares
 
 
-def _covered_s(spans: Sequence[tuple[float, float]]) -> float:
+def totals_of(record: RunRecord) -> RunTotals:
+    """Add the raw rows of a run up by pass."""
+    columns = record.steps
+    number = np.asarray(columns.get("step", ()), dtype=np.int64)
+    is_whole = np.asarray(columns.get("layer", ()), dtype=np.int64) == WHOLE_STEP
+    phases = np.asarray(columns.get("phase", ()), dtype=object)
+    whole = number[is_whole]
+    order = np.argsort(whole, kind="stable")
+    place = order[np.searchsorted(whole[order], number[~is_whole])] if len(whole) else number[:0]
+
+    def by_layer(name: str) -> np.ndarray:
+        values = np.asarray(columns.get(name, np.zeros(len(number))), dtype=np.float64)
+        return np.bincount(place, values[~is_whole], len(whole))
+
+    where = {step: position for position, step in enumerate(whole.tolist())}
+    outcomes = _outcomes(record.log, where)
+    return RunTotals(
+        steps=StepTotals(
+            is_decode=phases[is_whole] == "decode",
+            total_s=np.asarray(columns.get("total_s", ()), dtype=np.float64)[is_whole],
+            laps_s={name: by_layer(name) for name in LAPS},
+            events=np.bincount(place, minlength=len(whole)),
+            distinct=by_layer("distinct").astype(np.int64),
+            hits=outcomes["hit"],
+            lates=outcomes["late"],
+            misses=outcomes["miss"] + outcomes["cpu"],
+            bytes_moved=_moved(record.copies, where),
+        ),
+        prefetch=prefetch_outcomes(record.log),
+        sequences=record.sequences,
+        link_busy_s=_covered_s(record.copies) if record.link_busy_s is None else record.link_busy_s,
+        memory=record.memory,
+    )
+
+
+def _outcomes(log: Sequence[Entry], where: Mapping[int, int]) -> dict[str, np.ndarray]:
+    found = {name: np.zeros(len(where), dtype=np.int64) for name in ("hit", "late", "miss", "cpu")}
+    for entry in log:
+        if entry.kind == "event" and entry.step in where:
+            found[entry.detail][where[entry.step]] += 1
+    return found
+
+
+def _moved(copies: Sequence[CopyRow], where: Mapping[int, int]) -> np.ndarray:
+    moved = np.zeros(len(where), dtype=np.int64)
+    for copy in copies:
+        if copy.why != "warm" and copy.step in where:
+            moved[where[copy.step]] += copy.num_bytes
+    return moved
+
+
+def _covered_s(copies: Sequence[CopyRow]) -> float:
     """Length of the union: an interrupted copy spans the one that went before it."""
     covered, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
+    for start, end in sorted((c.start_s, c.end_s) for c in copies if c.why != "warm"):
         covered += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return covered
 
 
-class _Steps:
-    """The steps table as arrays."""
-
-    def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        phases = columns.get("phase", ())
-        self.step = np.asarray(columns.get("step", ()), dtype=np.int64)
-        self.layer = np.asarray(columns.get("layer", ()), dtype=np.int64)
-        self.is_decode = np.asarray([phase == "decode" for phase in phases], dtype=bool)
-        self.distinct = np.asarray(columns.get("distinct", ()), dtype=np.int64)
-        self._columns = columns
-        self.is_whole = self.layer == WHOLE_STEP
-        self.whole_s = self.seconds("total_s")[self.is_whole]
-
-    def seconds(self, name: str) -> np.ndarray:
-        return np.asarray(self._columns.get(name, ()), dtype=np.float64)
-
-    def split(self) -> TimeSplit:
-        parts = {
-            name: float(self.seconds(name)[~self.is_whole].sum())
-            for name in (
-                "mixer_s",
-                "experts_s",
-                "stall_s",
-                "decision_s",
-                "readback_s",
-                "lookahead_s",
-            )
-        }
-        total = float(self.whole_s.sum())
-        return TimeSplit(total_s=total, other_s=total - sum(parts.values()), **parts)
+def _split(steps: StepTotals) -> TimeSplit:
+    parts = {name: float(seconds.sum()) for name, seconds in steps.laps_s.items()}
+    total = float(steps.total_s.sum())
+    return TimeSplit(total_s=total, other_s=total - sum(parts.values()), **parts)
 
 
-def _phase(record: RunRecord, steps: _Steps, phase: str, shape: ModelShape) -> PhaseResult:
-    is_phase = steps.is_decode if phase == "decode" else ~steps.is_decode
-    whole = is_phase & steps.is_whole
-    layers = is_phase & ~steps.is_whole
-    members = set(steps.step[whole].tolist())
-    outcomes = {"hit": 0, "late": 0, "miss": 0}
-    for entry in record.log:
-        if entry.kind == "event" and entry.step in members:
-            outcomes[entry.detail] += 1
-    demanded = sum(outcomes.values())
-    seconds = float(steps.seconds("total_s")[whole].sum())
-    if phase == "decode":
-        tokens = sum(max(0, len(s.token_s) - 1) for s in record.sequences)
-    else:
-        tokens = sum(s.prompt_tokens for s in record.sequences)
-    moved = sum(c.num_bytes for c in record.copies if c.why != "warm" and c.step in members)
-    distinct = steps.distinct[layers]
+def _phase(totals: RunTotals, is_phase: np.ndarray, tokens: int) -> PhaseResult:
+    steps = totals.steps
+
+    def count(values: np.ndarray) -> int:
+        return int(values[is_phase].sum())
+
+    hits, lates, misses = count(steps.hits), count(steps.lates), count(steps.misses)
+    demanded, moved = hits + lates + misses, count(steps.bytes_moved)
+    seconds = float(steps.total_s[is_phase].sum())
     return PhaseResult(
-        steps=int(whole.sum()),
+        steps=int(is_phase.sum()),
         tokens=tokens,
         seconds=seconds,
         tokens_per_s=_ratio(tokens, seconds),
         demanded=demanded,
-        hits=outcomes["hit"],
-        lates=outcomes["late"],
-        misses=outcomes["miss"],
-        hit_rate=_ratio(outcomes["hit"], demanded),
-        late_rate=_ratio(outcomes["late"], demanded),
-        miss_rate=_ratio(outcomes["miss"], demanded),
+        hits=hits,
+        lates=lates,
+        misses=misses,
+        hit_rate=_ratio(hits, demanded),
+        late_rate=_ratio(lates, demanded),
+        miss_rate=_ratio(misses, demanded),
         bytes_moved=moved,
         bytes_per_token=_ratio(moved, tokens),
-        stall_s=float(steps.seconds("stall_s")[layers].sum()),
-        mean_distinct=float(distinct.mean()) if distinct.size else 0.0,
+        stall_s=float(steps.laps_s["stall_s"][is_phase].sum()),
+        mean_distinct=_ratio(count(steps.distinct), count(steps.events)),
     )
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..tracer.types import ModelShape
 from .account import RunRecord
 from .policy.future import Future
 from .policy.replay import events
-from .policy.spec import PolicySpec, make_spec
+from .policy.spec import Member, PolicySpec
 from .result import Bounds, Result
+
+
+def clairvoyant(spec: PolicySpec) -> PolicySpec:
+    """Belady's cache in a policy's own pools, loading on demand: what the policy is measured against."""
+    return replace(
+        spec,
+        cache=Member(name="belady"),
+        predictor=Member(name="none"),
+        misses=Member(name="load"),
+    )
 
 
 def measured_bounds(
@@ -19,10 +31,8 @@ def measured_bounds(
     same events at the same size, each of its misses at the measured mean copy time, not overlapped (link:
     fully overlapped).
     """
-    demanded = [(step, keys) for _, step, keys in events(record.log)]
-    core = make_spec(slots=spec.slots, cache="belady", allocation=spec.allocation.name).build(
-        shape, future=Future([keys for _, keys in demanded])
-    )
+    demanded = [(step, keys) for _, step, keys, _ in events(record.log)]
+    core = clairvoyant(spec).build(shape, future=Future([keys for _, keys in demanded]))
     misses = total = 0
     for step, keys in demanded:
         misses += core.demand(step, keys[0].layer, [key.expert for key in keys]).misses

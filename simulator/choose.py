@@ -1,21 +1,66 @@
-"""Picks a policy for a budget: a small sweep, judged on prompts it did not learn from, and explained."""
+"""Picks a policy for a budget and the user's goals: judged on prompts it did not learn from, and explained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ..tracer.quantities import format_bytes
+from ..tracer.quantities import format_seconds
 from .capacity import capacity_curve
+from .explain import explain, gain
+from .feasible import builtin_space
 from .forecast import Forecaster
+from .judge import Judge, judge_of
+from .pareto import pareto
 from .policy.spec import PolicySpec, make_spec
-from .result import Result, Tuning
-from .split import split_by_batch
+from .result import Result, Sensitivity, Tuning
+from .space import Budget, Point, grid
 
-CACHES = ("none", "lru", "lfu", "static")
-ALLOCATIONS = ("equal", "global")
-_NOT_WORTH_IT = 0.02
-"""A gain below this share of tokens/s is said to be no gain."""
+_KEPT = 24
+"""Candidates that are kept in the report; many of them differ by nothing."""
+_FINALISTS = 3
+LADDER = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+"""Shares of all experts at which the finalists are compared, and which are tried where no budget is given."""
+_CHANGES = (
+    ("link 10 % slower", {"link": 1 / 0.9}),
+    ("link 10 % faster", {"link": 1 / 1.1}),
+    ("computation 10 % slower", {"compute": 1 / 0.9}),
+    ("computation 10 % faster", {"compute": 1 / 1.1}),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goals:
+    """What the user asks for beside a budget. None: no such wish."""
+
+    min_tokens_per_s: float | None = None
+    max_ttft_s: float | None = None
+    max_tpot_s: float | None = None
+
+    def are_met(self, result: Result) -> bool:
+        """Whether a predicted run is good enough; latencies are judged by their 95th percentile."""
+        return (
+            (self.min_tokens_per_s is None or result.tokens_per_s >= self.min_tokens_per_s)
+            and (self.max_ttft_s is None or result.ttft.p95 <= self.max_ttft_s)
+            and (self.max_tpot_s is None or result.tpot.p95 <= self.max_tpot_s)
+        )
+
+    def as_mapping(self) -> dict[str, float]:
+        """The wishes there are."""
+        named = {
+            "min_tokens_per_s": self.min_tokens_per_s,
+            "max_ttft_s": self.max_ttft_s,
+            "max_tpot_s": self.max_tpot_s,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def __str__(self) -> str:
+        words = {
+            "min_tokens_per_s": lambda value: f"at least {value:g} tokens/s",
+            "max_ttft_s": lambda value: f"first token (p95) within {format_seconds(value)}",
+            "max_tpot_s": lambda value: f"each further token (p95) within {format_seconds(value)}",
+        }
+        return ", ".join(words[name](value) for name, value in self.as_mapping().items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,72 +72,163 @@ class Choice:
     tuning: Tuning
 
 
+Tried = list[tuple[Point, Result]]
+
+
+def budgets_of(shape_experts: int) -> list[Budget]:
+    """The budgets to climb where the user named none: the smallest that meets the goals is chosen."""
+    return [Budget(f"{share:g}", max(1, round(share * shape_experts))) for share in LADDER]
+
+
 def tune(
     forecaster: Forecaster,
     *,
-    budget: str,
-    slots: int,
-    advance: Callable[[int], None],
+    budgets: Sequence[Budget],
+    goals: Goals = Goals(),
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Choice:
-    """Predict every policy of the built-in space at one size and choose the fastest.
+    """Predict every policy of the built-in space and choose the fastest at the first budget that meets the goals.
 
-    What a policy learns (popularity) comes from half of the batches; all are judged on the other half. The
-    chosen policy is then given what the whole trace teaches.
+    What a policy learns (popularity, hit curves) comes from half of the batches; all are judged on the other half. The
+    chosen policy is then given what the whole trace teaches. Where no budget meets the goals the fastest of the
+    last one is returned, and `tuning.meets_goals` is false.
     """
-    learn, judge = split_by_batch(forecaster.workload)
-    judged = replace(forecaster, workload=judge)
-    popularity = learn.popularity()
-    specs = candidates(slots, popularity, lookahead=forecaster.workload.lookahead)
-    results: list[tuple[PolicySpec, Result]] = []
-    for spec in specs:
-        results.append((spec, judged.predict(spec, with_bounds=False)))
-        advance(1)
-    # On a tie the simpler policy wins: candidates are listed from simple to elaborate.
-    results.sort(key=lambda pair: -pair[1].tokens_per_s)
-    (chosen, predicted), (_, second) = results[0], results[1]
-    predicted = replace(predicted, bounds=judged.bounds(chosen, predicted))
-    bounds = _bounds(judged, slots)
-    final = make_spec(
-        slots=slots,
-        cache=chosen.cache.name,
-        predictor=chosen.predictor.name,
-        allocation=chosen.allocation.name,
-        scheduler=chosen.scheduler.name,
-        popularity=forecaster.workload.popularity(),
-        predictor_params=chosen.predictor.params,
-    )
-    ordered = (predicted, *(result for _, result in results[1:]))
+    judge = judge_of(forecaster, with_curves=True)
+    tried: Tried = []
+    count, budget = 0, budgets[0]
+    for budget in budgets:
+        tried = _predict_all(judge, budget, advance)
+        count += len(tried)
+        if any(goals.are_met(result) for _, result in tried):
+            break
+    good = [pair for pair in tried if goals.are_met(pair[1])]
+    ordered = [*good, *(pair for pair in tried if pair not in good)] if good else tried
+    (point, predicted), (_, second) = ordered[0], ordered[1]
+    predicted = replace(predicted, bounds=judge.forecaster.bounds(judge.spec(point), predicted))
+    candidates = (predicted, *(result for _, result in ordered[1:]))
+    finalists = _finalists(ordered)
+    bounds = _bounds(judge.forecaster, budget.slots)
     tuning = Tuning(
         trace_id=forecaster.trace_id,
-        budget=budget,
+        budget=budget.text,
         chosen=predicted.label,
         runner_up=second.label,
-        explanation=explain(ordered, bounds, forecaster),
-        candidates=ordered,
+        explanation=(),
+        candidates=_kept(candidates),
         bounds=bounds,
-        curve=tuple(capacity_curve(judge, forecaster.shape, popularity)),
+        curve=tuple(capacity_curve(judge.forecaster.workload, forecaster.shape, judge.popularity)),
         provenance=forecaster.provenance,
+        margin=gain(predicted, second),
+        goals=goals.as_mapping(),
+        meets_goals=bool(good),
+        pareto=_front(judge, finalists, advance),
+        sensitivity=_sensitivity(judge, finalists, advance),
+        tried=count,
     )
-    return Choice(final, predicted, tuning)
+    words = explain(candidates, tuning, forecaster, str(goals))
+    final = judge_of(forecaster, with_curves=True, learn_from_all=True).spec(point)
+    return Choice(final, predicted, replace(tuning, explanation=words))
 
 
-def candidates(
-    slots: int, popularity: Sequence[Sequence[int]], *, lookahead: int
-) -> list[PolicySpec]:
-    """The built-in space: caches × allocations × predictors the trace can feed."""
-    predictors = ["none"] + (["gate_lookahead"] if lookahead >= 1 else [])
-    return [
-        make_spec(
-            slots=slots,
-            cache=cache,
-            allocation=allocation,
-            predictor=predictor,
-            popularity=popularity,
-        )
-        for predictor in predictors
-        for cache in CACHES
-        for allocation in ALLOCATIONS
+def runs_of(forecaster: Forecaster, budgets: Sequence[Budget]) -> int:
+    """Predictions that `tune` makes at most: for a progress bar."""
+    points = len(_points(forecaster, budgets[0]))
+    finalists = min(points, _FINALISTS + 2)
+    return points * len(budgets) + finalists * (len(LADDER) + len(_CHANGES))
+
+
+def _points(forecaster: Forecaster, budget: Budget) -> list[Point]:
+    return grid(builtin_space(forecaster.workload, forecaster.costs, [budget]))
+
+
+def _predict_all(judge: Judge, budget: Budget, advance: Callable[[int], None]) -> Tried:
+    """Every policy at one budget, fastest first; on a tie the simpler one."""
+    tried: Tried = []
+    for point in sorted(_points(judge.forecaster, budget), key=_plainness):
+        tried.append((point, judge.result(point)))
+        advance(1)
+    return sorted(tried, key=lambda pair: -pair[1].tokens_per_s)
+
+
+_PLAIN = ("none", "static", "fifo", "lru", "lfu")
+
+
+def _plainness(point: Point) -> tuple[int, int, int]:
+    """Simple policies first: no prediction, a well-known cache, equal slots."""
+    cache = point.members["cache"].name
+    return (
+        int(point.members["predictor"].name != "none"),
+        _PLAIN.index(cache) if cache in _PLAIN else len(_PLAIN),
+        ("equal", "global").index(name)
+        if (name := point.members["allocation"].name) in ("equal", "global")
+        else 2,
+    )
+
+
+def _kept(candidates: Sequence[Result]) -> tuple[Result, ...]:
+    """The best, and the plain ones that everything is compared with."""
+    plain = [
+        result
+        for result in candidates[_KEPT:]
+        if result.policy["predictor"] == "none"
+        and result.policy["cache"] in ("none", "lru", "static")
+        and result.policy["allocation"] == "equal"
     ]
+    return (*candidates[:_KEPT], *plain)
+
+
+def _finalists(ordered: Tried) -> list[Point]:
+    """The best few, and plain LRU and static, whose order others may want to know."""
+    found = [point for point, _ in ordered[:_FINALISTS]]
+    for cache in ("lru", "static"):
+        plain = next(
+            point
+            for point, _ in ordered
+            if point.members["cache"].name == cache
+            and point.members["predictor"].name == "none"
+            and point.members["allocation"].name == "equal"
+        )
+        if plain not in found:
+            found.append(plain)
+    return found
+
+
+def _front(
+    judge: Judge, finalists: Sequence[Point], advance: Callable[[int], None]
+) -> tuple[Result, ...]:
+    """What no other beats in both speed and memory, smallest first."""
+    results: list[Result] = []
+    for budget in budgets_of(judge.forecaster.shape.total_experts):
+        for point in finalists:
+            results.append(judge.result(replace(point, budget=budget.text, slots=budget.slots)))
+            advance(1)
+    front = pareto(results, maximise=("tokens_per_s",), minimise=("peak_device_bytes",))
+    return tuple(sorted(front, key=lambda result: result.peak_device_bytes))
+
+
+def _sensitivity(
+    judge: Judge, finalists: Sequence[Point], advance: Callable[[int], None]
+) -> tuple[Sensitivity, ...]:
+    """The finalists on machines a little different from the one that was measured."""
+    found: list[Sensitivity] = []
+    for change, factors in _CHANGES:
+        ready = judge.forecaster
+        changed = replace(judge, forecaster=replace(ready, costs=ready.costs.scaled(**factors)))
+        results = [changed.result(point) for point in finalists]
+        advance(len(results))
+        best = max(results, key=lambda result: result.tokens_per_s)
+        found.append(
+            Sensitivity(
+                change=change,
+                chosen_tokens_per_s=results[0].tokens_per_s,
+                best=best.label,
+                best_tokens_per_s=best.tokens_per_s,
+                loss=1.0 - results[0].tokens_per_s / best.tokens_per_s
+                if best.tokens_per_s
+                else 0.0,
+            )
+        )
+    return tuple(found)
 
 
 def _bounds(forecaster: Forecaster, slots: int) -> tuple[Result, ...]:
@@ -101,87 +237,3 @@ def _bounds(forecaster: Forecaster, slots: int) -> tuple[Result, ...]:
         make_spec(slots=slots, cache="lru", predictor="oracle"),
     ]
     return tuple(forecaster.predict(spec, with_bounds=False) for spec in specs)
-
-
-def explain(
-    candidates: Sequence[Result], bounds: Sequence[Result], forecaster: Forecaster
-) -> tuple[str, ...]:
-    """The choice in sentences, the unwelcome ones included."""
-    best, second = candidates[0], candidates[1]
-    baseline = _of(candidates, cache="none", predictor="none")
-    static = _of(candidates, cache="static", predictor="none")
-    lines = [_headline(best, baseline), _runner_up(best, second)]
-    if best not in (static, baseline) and _gain(best, static) < _NOT_WORTH_IT:
-        lines.append(
-            f"A static placement is as good ({static.tokens_per_s:.1f} tokens/s) and simpler."
-        )
-    limit = best.bounds.all_resident_tokens_per_s
-    if limit and _gain(best, baseline) < _NOT_WORTH_IT:
-        lines.append(
-            "No policy helps here: "
-            + (
-                "computation, not loading, sets the pace."
-                if baseline.stall_s < _NOT_WORTH_IT * baseline.time.total_s
-                else "buy link or memory."
-            )
-        )
-    lines.append(
-        f"It hits {best.decode.hit_rate:.0%} of demanded experts in decode "
-        f"(Belady, which knows the future: {bounds[0].decode.hit_rate:.0%}) and reaches "
-        f"{best.bounds.share_of_best:.0%} of what the link allows; with everything resident it would be "
-        f"{limit:.1f} tokens/s."
-    )
-    lines.append(_ratio_line(best))
-    lines.append(
-        f"Peak device memory {format_bytes(best.peak_device_bytes)}, of which slots "
-        f"{format_bytes(best.memory.slots)}."
-    )
-    lines.append(
-        "The machine's costs were calibrated with the runtime itself."
-        if forecaster.decision_is_measured
-        else "The costs come from the trace alone, without what the runtime adds: the order counts, the "
-        "speed is optimistic. Calibrate with `expertflow-trace calibrate` and pass --machine."
-    )
-    if forecaster.link_origin != "measured":
-        lines.append(
-            f"The link is {forecaster.link_origin} ({forecaster.link}), not a measured bus."
-        )
-    return tuple(lines)
-
-
-def _headline(best: Result, baseline: Result) -> str:
-    if best is baseline:
-        return f"No policy beats loading every expert on demand ({baseline.tokens_per_s:.1f} tokens/s)."
-    return (
-        f"{best.label} is predicted at {best.tokens_per_s:.1f} tokens/s, "
-        f"{best.tokens_per_s / baseline.tokens_per_s:.2f}× loading every expert on demand "
-        f"({baseline.tokens_per_s:.1f})."
-    )
-
-
-def _runner_up(best: Result, second: Result) -> str:
-    margin = _gain(best, second)
-    close = ": too close to call." if margin < _NOT_WORTH_IT else "."
-    return f"Runner-up: {second.label} at {second.tokens_per_s:.1f} tokens/s, {margin:.1%} behind{close}"
-
-
-def _ratio_line(best: Result) -> str:
-    ratio = best.slots_ratio
-    verdict = (
-        "a cache can hit."
-        if ratio < 1
-        else "one event overflows the slots, so no cache can hit by recency: raise the budget."
-    )
-    return f"r = {ratio:.2f} (distinct experts per decode event over slots per layer): {verdict}"
-
-
-def _of(results: Sequence[Result], *, cache: str, predictor: str) -> Result:
-    return next(
-        result
-        for result in results
-        if result.policy["cache"] == cache and result.policy["predictor"] == predictor
-    )
-
-
-def _gain(one: Result, other: Result) -> float:
-    return one.tokens_per_s / other.tokens_per_s - 1.0 if other.tokens_per_s else 0.0

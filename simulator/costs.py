@@ -41,7 +41,18 @@ class Linear:
 
     def __call__(self, *features: float) -> float:
         """Seconds for these features."""
-        return float(sum(w * x for w, x in zip(self.weights, features, strict=True)))
+        # Added from left to right, as the compiled engine does: `sum` compensates from Python 3.12 on.
+        seconds = 0.0
+        for weight, feature in zip(self.weights, features, strict=True):
+            seconds += weight * feature
+        return seconds
+
+    def scaled(self, factor: float) -> Linear:
+        """So many times the seconds."""
+        return replace(self, weights=tuple(weight * factor for weight in self.weights))
+
+
+NOT_MEASURED = Linear((0.0, 0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +74,8 @@ class CostModel:
     Expert times are fitted for one walk over the model's own number of experts; `group_s` is what each
     slot more (or less) in a pool adds. `copy_s` and `wake_s` describe the link as the engine sees it:
     seconds per copy of one expert, and per wait. `memory` are measured peaks of working tensors;
-    `gathered_bytes_per_token` is the size of the tensor in which waves gather their rows.
+    `gathered_bytes_per_token` is the size of the tensor in which waves gather their rows. `cpu_expert` is the
+    time of one expert on the CPU by (1, tokens); all zero if nobody measured or declared it.
     """
 
     prefill: PhaseCosts
@@ -77,6 +89,7 @@ class CostModel:
     group_s: float = 0.0
     gathered_bytes_per_token: int = 0
     memory: tuple[MemoryPoint, ...] = ()
+    cpu_expert: Linear = NOT_MEASURED
 
     def phase(self, phase: Phase) -> PhaseCosts:
         """The costs of a phase."""
@@ -115,29 +128,87 @@ class CostModel:
         """Computing predictions and asking for `loads` prefetches."""
         return self.phase(phase).lookahead(1, tokens, loads)
 
+    @property
+    def chunks(self) -> int:
+        """Pieces in which one expert is copied; a demand copy can go between two of them."""
+        return max(1, -(-self.expert_bytes // self.chunk_bytes))
+
+    @property
+    def has_cpu(self) -> bool:
+        """Whether the time of an expert on the CPU is known."""
+        return any(self.cpu_expert.weights)
+
+    def cpu_times(self) -> dict[str, float] | None:
+        """What members that compute misses on the CPU need to know; None if it is not known."""
+        if not self.has_cpu:
+            return None
+        expert_s, token_s = self.cpu_expert.weights
+        return {"copy_s": self.copy_s, "expert_s": expert_s, "token_s": token_s}
+
     def activation_bytes(
-        self, phase: Phase, batch: int, tokens: int, context: int, largest_wave: float
-    ) -> float:
-        """Peak working tensors of one pass, from the measured points of its kind (in waves or not)."""
-        in_waves = largest_wave < 1
+        self,
+        phase: Phase,
+        batch: np.ndarray,
+        tokens: np.ndarray,
+        context: np.ndarray,
+        largest_wave: np.ndarray,
+    ) -> np.ndarray:
+        """Peak working tensors of passes of one phase, from the measured points of their kind: [passes]."""
+        found = self._activations(phase, batch, tokens, context, largest_wave, in_waves=False)
+        is_in_waves = largest_wave < 1
+        if is_in_waves.any():
+            in_waves = self._activations(phase, batch, tokens, context, largest_wave, in_waves=True)
+            found = np.where(is_in_waves, in_waves, found)
+        return found
+
+    def _activations(
+        self,
+        phase: Phase,
+        batch: np.ndarray,
+        tokens: np.ndarray,
+        context: np.ndarray,
+        largest_wave: np.ndarray,
+        *,
+        in_waves: bool,
+    ) -> np.ndarray:
         points = [p for p in self.memory if p.phase == phase and (p.largest_wave < 1) == in_waves]
         if not points and in_waves:
             # Not measured: the pass as a whole, and the tensor that gathers the waves.
-            return self.activation_bytes(phase, batch, tokens, context, 1.0) + (
-                tokens * self.gathered_bytes_per_token
-            )
+            whole = np.ones(len(tokens))
+            found = self._activations(phase, batch, tokens, context, whole, in_waves=False)
+            return found + tokens * self.gathered_bytes_per_token
         if not points:
-            return 0.0
+            return np.zeros(len(tokens))
         sizes = [[1.0, p.tokens, p.batch * p.context, p.tokens * p.largest_wave] for p in points]
         values = np.asarray([p.activation_bytes for p in points], dtype=np.float64)
         fitted = _non_negative(np.asarray(sizes), values)
-        asked = np.asarray([1.0, tokens, batch * context, tokens * largest_wave])
-        return float(fitted @ asked)
+        asked = np.stack([np.ones(len(tokens)), tokens, batch * context, tokens * largest_wave])
+        return fitted @ asked
 
     def with_link(self, link: LinkSpec) -> CostModel:
         """The same machine behind a declared link."""
         copy_s = link.copy_s(self.expert_bytes)
         return replace(self, copy_s=copy_s, busy_copy_s=copy_s)
+
+    def scaled(self, *, link: float = 1.0, compute: float = 1.0) -> CostModel:
+        """The same machine with every copy, or all computation, so many times as slow."""
+
+        def slower(costs: PhaseCosts) -> PhaseCosts:
+            return replace(
+                costs,
+                mixer=costs.mixer.scaled(compute),
+                experts=costs.experts.scaled(compute),
+                head=costs.head.scaled(compute),
+            )
+
+        return replace(
+            self,
+            prefill=slower(self.prefill),
+            decode=slower(self.decode),
+            group_s=self.group_s * compute,
+            copy_s=self.copy_s * link,
+            busy_copy_s=self.busy_copy_s * link,
+        )
 
     def with_policy_costs(self, decision_s: float, submit_s: float) -> CostModel:
         """Charge a policy's measured time where the rows were recorded without one."""
@@ -148,6 +219,29 @@ class CostModel:
             return replace(costs, decision=Linear((decision_s, 0.0, submit_s)))
 
         return replace(self, prefill=charged(self.prefill), decode=charged(self.decode))
+
+
+def free_machine(shape: ModelShape) -> CostModel:
+    """A machine on which everything takes no time: for questions that only ask who hits."""
+    nothing = Linear((0.0, 0.0, 0.0))
+    phase = PhaseCosts(
+        mixer=Linear((0.0,) * 5),
+        experts=Linear((0.0,) * 6),
+        head=nothing,
+        decision=nothing,
+        readback_s=0.0,
+        lookahead=nothing,
+    )
+    return CostModel(
+        prefill=phase,
+        decode=phase,
+        expert_bytes=max(1, shape.expert_bytes),
+        copy_s=0.0,
+        busy_copy_s=0.0,
+        wake_s=0.0,
+        chunk_bytes=max(1, shape.expert_bytes),
+        num_experts=shape.num_experts,
+    )
 
 
 def fit_costs(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from ..tracer.errors import UsageError
 from ..tracer.probe import provenance
@@ -13,13 +16,15 @@ from ..tracer.quantities import LinkSpec
 from ..tracer.store import Trace
 from ..tracer.types import ModelShape, Origin, Provenance
 from .account import RunContext, RunRecord, summarize
-from .costs import NO_TRAFFIC, CostModel, as_one_walk, fit_costs
+from .bounds import clairvoyant
+from .costs import CostModel, as_one_walk, fit_costs
 from .engine import simulate
+from .engines import run
 from .machine import MachineFile
-from .policy.base import Signals
 from .policy.future import Future
-from .policy.spec import PolicySpec, check_shape, make_spec
+from .policy.spec import PolicySpec, check_shape
 from .result import Bounds, Result
+from .source import Source
 from .workload import Workload, workload_of
 
 _TIMED_EVENTS = 300
@@ -30,7 +35,9 @@ class Forecaster:
     """Predicts policies on one workload and one machine.
 
     `decision_is_measured` says that the rows behind `costs` hold the policy's time already; otherwise each
-    policy's own code is timed here, on this machine, before it is charged.
+    policy's own code is timed here, on this machine, before it is charged; once for each set of members, so that
+    predictions differ by the policies and not by the minute (`decisions_s`). `is_declared` says that nobody
+    measured this machine.
     """
 
     workload: Workload
@@ -42,60 +49,67 @@ class Forecaster:
     link_origin: Origin
     submit_s: float
     decision_is_measured: bool = False
+    is_declared: bool = False
     provenance: Provenance
     warnings: tuple[str, ...] = ()
+    decisions_s: dict[tuple[str, ...], float] = field(default_factory=dict, compare=False)
 
-    def predict(self, spec: PolicySpec, *, with_bounds: bool = True) -> Result:
-        """Predict one policy. Raises UsageError if the trace lacks what the policy needs."""
+    def predict(
+        self, spec: PolicySpec, *, with_bounds: bool = True, serving: Source | None = None
+    ) -> Result:
+        """Predict one policy, on the recorded batches or on requests as they arrive.
+
+        Raises UsageError if the trace or the machine lacks what the policy needs.
+        """
         self.require(spec)
-        costs = self._charged(spec)
-        record = simulate(self.workload, spec, self.shape, costs)
-        result = summarize(record, self._context(spec))
-        if not with_bounds:
+        totals, engine = run(serving or self.workload, spec, self.shape, self._charged(spec))
+        result = replace(summarize(totals, self._context(spec)), engine=engine)
+        # Bounds need the events to come, and what arrives depends on the clock.
+        if not with_bounds or serving is not None:
             return result
         return replace(result, bounds=self.bounds(spec, result))
 
     def record(self, spec: PolicySpec) -> RunRecord:
-        """The raw rows of a prediction, decision log included."""
+        """The raw rows of a prediction, decision log included (by the reference engine)."""
         self.require(spec)
         return simulate(self.workload, spec, self.shape, self._charged(spec))
 
     def bounds(self, spec: PolicySpec, result: Result) -> Bounds:
         """What no policy of this size can beat under the same costs."""
-        belady_spec = make_spec(slots=spec.slots, cache="belady", allocation=spec.allocation.name)
-        belady = summarize(
-            simulate(self.workload, belady_spec, self.shape, self.costs), self._context(belady_spec)
-        )
+        belady_spec = clairvoyant(spec)
+        belady, _ = run(self.workload, belady_spec, self.shape, self.costs)
+        bound = summarize(belady, self._context(belady_spec))
         compute_s = self.compute_s()
         tokens = result.tokens_per_s * result.time.total_s
-        misses = belady.prefill.misses + belady.decode.misses
+        misses = bound.prefill.misses + bound.decode.misses
         link_s = max(compute_s, misses * self.costs.copy_s)
         best = tokens / link_s if link_s else 0.0
         return Bounds(
             all_resident_tokens_per_s=tokens / compute_s if compute_s else 0.0,
-            belady_tokens_per_s=belady.tokens_per_s,
+            belady_tokens_per_s=bound.tokens_per_s,
             link_tokens_per_s=best,
-            belady_hit_rate=belady.hit_rate,
+            belady_hit_rate=bound.hit_rate,
             share_of_best=result.tokens_per_s / best if best else 0.0,
         )
 
     def compute_s(self) -> float:
         """Seconds of the whole workload with every expert resident and no policy at work."""
-        costs, total = self.costs, 0.0
-        for step in self.workload.steps:
-            total += costs.head_s(step.phase, step.batch, step.tokens)
-            total += len(step.events) * costs.mixer_s(
-                step.phase, step.tokens, step.context, NO_TRAFFIC
-            )
-            for event in step.events:
-                total += costs.experts_s(
-                    step.phase,
-                    step.tokens,
-                    len(event.experts),
-                    NO_TRAFFIC,
-                    1,
-                    self.shape.num_experts,
-                )
+        steps, total = self.workload.steps, 0.0
+        sizes = np.diff(self.workload.ptr)
+        step_of = np.repeat(np.arange(len(steps)), np.diff(self.workload.event_ptr))
+        for name in ("prefill", "decode"):
+            phase = self.costs.phase(name)
+            is_phase = steps.is_decode == (name == "decode")
+            batch, tokens = steps.batch[is_phase], steps.tokens[is_phase]
+            head = [np.ones(len(batch)), batch, tokens]
+            total += float(np.asarray(phase.head.weights) @ np.sum(head, axis=1))
+            events = is_phase[step_of]
+            tokens, context = steps.tokens[step_of[events]], steps.context[step_of[events]]
+            one, none = np.ones(len(tokens)), np.zeros(len(tokens))
+            mixer = [one, tokens, tokens * context, none, none]
+            total += float(np.asarray(phase.mixer.weights) @ np.sum(mixer, axis=1))
+            experts = np.stack([one, tokens, sizes[events], none, none, none])
+            total += float(np.maximum(0.0, np.asarray(phase.experts.weights) @ experts).sum())
         return total
 
     def require(self, spec: PolicySpec) -> None:
@@ -106,13 +120,24 @@ class Forecaster:
                 f"predictor {spec.predictor.name!r} needs look-ahead ids to depth {depth}, but the trace "
                 f"recorded {self.workload.lookahead}. Trace again with --lookahead {depth}."
             )
+        if "gate_weights" in spec.needs() and self.workload.weights is None:
+            raise UsageError(
+                f"cache {spec.cache.name!r} needs gate weights, but the trace did not record them. "
+                "Trace again with --weights."
+            )
+        if "cpu_times" in spec.needs() and not self.costs.has_cpu:
+            raise UsageError(
+                f"misses {spec.misses.name!r} needs the time of an expert on the CPU, which nobody measured "
+                "or declared for this machine. Use --misses load, or declare it with --cpu-expert."
+            )
 
     def _charged(self, spec: PolicySpec) -> CostModel:
         if self.decision_is_measured:
             return self.costs
-        return self.costs.with_policy_costs(
-            measure_decision_s(self.workload, spec, self.shape), self.submit_s
-        )
+        members = tuple(str(member) for member in spec.members.values())
+        if members not in self.decisions_s:
+            self.decisions_s[members] = measure_decision_s(self.workload, spec, self.shape)
+        return self.costs.with_policy_costs(self.decisions_s[members], self.submit_s)
 
     def _context(self, spec: PolicySpec) -> RunContext:
         return RunContext(
@@ -140,16 +165,23 @@ def forecaster(
 
     Raises PolicyError if the calibrated machine ran another model.
     """
+    if machine is None and not trace.has_times:
+        raise UsageError(
+            f"{trace.path} was imported without times, so there is nothing to predict speed from. Declare a "
+            "machine with --gpu (and --link), or pass a calibrated one with --machine."
+        )
     workload = workload_of(trace)
     profile = trace.hardware.link
     device = f"{trace.hardware.name} ({trace.hardware.device})"
     name, origin = profile.name, profile.origin
+    notes: tuple[str, ...] = ()
     if machine is None:
         costs = costs_of(trace)
     else:
         check_shape(machine.shape, trace.shape)
         costs, device = machine.costs, machine.device
         name, origin = machine.link, machine.link_origin
+        notes = machine.provenance.notes
     if link is not None:
         costs, name, origin = costs.with_link(link), link.text, "declared"
     return Forecaster(
@@ -162,8 +194,9 @@ def forecaster(
         link_origin=origin,
         submit_s=profile.submit_s,
         decision_is_measured=machine is not None,
+        is_declared=machine is not None and machine.is_declared,
         provenance=provenance(seed, trace.manifest.provenance.text),
-        warnings=trace.manifest.warnings,
+        warnings=(*trace.manifest.warnings, *notes),
     )
 
 
@@ -199,17 +232,16 @@ def measure_decision_s(workload: Workload, spec: PolicySpec, shape: ModelShape) 
     future = Future(workload.events()) if "future" in spec.needs() else None
     core = spec.build(shape, future=future)
     core.warm()
-    depth = spec.lookahead_depth
-    events = [(step.step, event) for step in workload.steps for event in step.events]
     seconds: list[float] = []
-    for step, event in events[:_TIMED_EVENTS]:
-        groups = {d: ids for d, ids in event.lookahead.items() if d <= depth}
+    for step, number in itertools.islice(workload.walk(), _TIMED_EVENTS):
+        event = workload.event(number, is_prefill=step.phase == "prefill")
+        signals = workload.signals(number, spec.lookahead_depth, routed=spec.reads_routing)
         began = time.perf_counter()
-        core.demand(step, event.layer, event.experts)
-        loads = core.predict(step, event.layer, Signals(groups))
-        core.release(step, event.layer)
+        core.demand(step.step, event.layer, event.experts, event.facts)
+        loads = core.predict(step.step, event.layer, signals)
+        core.release(step.step, event.layer)
         for load in loads:
-            core.loaded(step, load.key)
+            core.loaded(step.step, load.key)
         seconds.append(time.perf_counter() - began)
     return _trimmed_mean(seconds)
 

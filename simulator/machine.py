@@ -19,7 +19,7 @@ MACHINE_FORMAT = "expertflow.machine/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFile:
-    """`machine.json`. `costs` hold for `shape` on `device` behind `link`."""
+    """`machine.json`. `costs` hold for `shape` on `device` behind `link`; nobody measured them if `is_declared`."""
 
     costs: CostModel
     shape: ModelShape
@@ -28,6 +28,7 @@ class MachineFile:
     link_origin: Origin
     batch_size: int
     provenance: Provenance
+    is_declared: bool = False
     format: str = MACHINE_FORMAT
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..tracer.quantities import format_bytes, format_seconds
-from .result import Result
+from .result import Percentiles, Result
 
 
 def result_rows(result: Result) -> list[tuple[str, str]]:
@@ -12,15 +12,20 @@ def result_rows(result: Result) -> list[tuple[str, str]]:
     rows = [
         ("source", result.source),
         ("throughput", f"{result.tokens_per_s:.1f} tokens/s (batch {result.batch_size})"),
-        (
-            "first token",
-            f"{format_seconds(result.ttft_s)} mean, p95 {format_seconds(result.ttft.p95)}",
-        ),
-        (
-            "per token",
-            f"{format_seconds(result.tpot_s)} mean, p95 {format_seconds(result.tpot.p95)}",
-        ),
+        ("first token", _latency(result.ttft)),
+        ("per token", _latency(result.tpot)),
     ]
+    if (arrivals := result.arrivals) is not None:
+        rows += [
+            ("arrivals", f"{arrivals.description}: {arrivals.requests} requests"),
+            ("queue", _latency(arrivals.queue)),
+            (
+                "load",
+                f"passes run {arrivals.utilization:.0%} of {format_seconds(arrivals.span_s)}, "
+                f"{arrivals.mean_batch:.1f} sequences each",
+            ),
+            ("finding", arrivals.finding),
+        ]
     for name, phase in (("prefill", result.prefill), ("decode", result.decode)):
         rows.append(
             (
@@ -62,3 +67,11 @@ def result_rows(result: Result) -> list[tuple[str, str]]:
     rows.append(("link", f"{result.link} ({result.link_origin})"))
     rows += [("warning", text) for text in result.warnings]
     return rows
+
+
+def _latency(found: Percentiles) -> str:
+    shares = ", ".join(
+        f"{name} {format_seconds(seconds)}"
+        for name, seconds in (("p50", found.p50), ("p95", found.p95), ("p99", found.p99))
+    )
+    return f"{format_seconds(found.mean)} mean, {shares}"

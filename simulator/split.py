@@ -6,25 +6,33 @@ prompts. Alternate batches keep every domain on both sides.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import numpy as np
 
-from .workload import StepDemand, Workload
+from .workload import Workload
 
 
 def split_by_batch(workload: Workload) -> tuple[Workload, Workload]:
-    """Learn on even batches, judge on odd ones. With a single batch both are that batch."""
-    groups: list[list[StepDemand]] = []
-    for step in workload.steps:
-        if step.phase == "prefill" or not groups:
-            groups.append([])
-        groups[-1].append(step)
-    if len(groups) < 2:
+    """Learn on even batches, judge on odd ones. With a single batch both are that batch.
+
+    A batch starts with a prefill step or, where no prompts were recorded, with sequences not seen before.
+    """
+    batch = np.cumsum(_starts_batch(workload)) - 1
+    if batch[-1] < 1:
         return workload, workload
-    return _part(workload, groups[0::2]), _part(workload, groups[1::2])
+    return (
+        workload.select(np.flatnonzero(batch % 2 == 0)),
+        workload.select(np.flatnonzero(batch % 2 == 1)),
+    )
 
 
-def _part(workload: Workload, groups: list[list[StepDemand]]) -> Workload:
-    steps = tuple(step for group in groups for step in group)
-    present = {sequence for step in steps for sequence in step.sequences}
-    prompts = {s: n for s, n in workload.prompt_tokens.items() if s in present}
-    return replace(workload, steps=steps, prompt_tokens=prompts)
+def _starts_batch(workload: Workload) -> np.ndarray:
+    steps = workload.steps
+    if not steps.is_decode.all():
+        starts = ~steps.is_decode
+    else:
+        _, first = np.unique(steps.members, return_index=True)
+        place = np.searchsorted(steps.member_ptr, first, side="right") - 1
+        starts = np.zeros(len(steps), dtype=bool)
+        starts[place] = True
+    starts[0] = True
+    return starts

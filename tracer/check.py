@@ -164,6 +164,10 @@ def _check_steps(trace: Trace, counts: _Counts) -> None:
     tokens = rows["tokens"].to_numpy()[is_layer].tolist()
     if len(keys) != len(counts.rows) or dict(zip(keys, tokens, strict=True)) != counts.rows:
         raise TraceError(f"{folder}: its layers and token counts do not match the routing table.")
+    is_timed = np.isfinite(rows["total_s"].to_numpy())
+    if (is_timed != trace.has_times).any():
+        said = "were recorded" if trace.has_times else "were not recorded"
+        raise TraceError(f"{folder}: {MANIFEST} says that times {said}, but the rows differ.")
 
 
 def _check_transfers(trace: Trace) -> None:

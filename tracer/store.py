@@ -82,6 +82,11 @@ class Trace:
         return self.manifest.hardware
 
     @property
+    def has_times(self) -> bool:
+        """Whether the run's times were taken. If not, `steps` holds sizes only and its times are NaN."""
+        return "steps" in self.manifest.recorded
+
+    @property
     def schemas(self) -> dict[str, pa.Schema]:
         """The schema of every table of this trace."""
         return table_schemas(self.manifest.shape, self.manifest.recorded)

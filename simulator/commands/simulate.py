@@ -7,8 +7,28 @@ from typing import Annotated
 
 import typer
 
-from ...tracer.commands.options import Budget, DeclaredLink, Json, MachinePath, ResultOut, TraceDir
+from ...tracer.commands.options import (
+    Budget,
+    CpuExpert,
+    DeclaredLink,
+    ExpertTable,
+    Gpu,
+    Json,
+    MachinePath,
+    ResultOut,
+    TraceDir,
+)
 from ...tracer.console import print_json, print_rows
+from .arrival_options import (
+    ArrivalOptions,
+    Arrivals,
+    ArrivalSpeed,
+    Lengths,
+    MaxBatch,
+    Prefill,
+    Requests,
+    Seed,
+)
 
 
 def simulate(
@@ -16,11 +36,28 @@ def simulate(
     budget: Budget = "0.5",
     cache: Annotated[str, typer.Option(help="Who is evicted; see `list`.")] = "lru",
     predictor: Annotated[str, typer.Option(help="Who is prefetched; see `list`.")] = "none",
-    allocation: Annotated[str, typer.Option(help="How slots are divided over layers.")] = "equal",
+    allocation: Annotated[
+        str | None, typer.Option(help="How slots are divided over layers; default: equal.")
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="layer (allocation equal) or global: whether layers share slots."),
+    ] = None,
+    misses: Annotated[str, typer.Option(help="Load, or compute on the CPU; see `list`.")] = "load",
     scheduler: Annotated[str, typer.Option(help="Which sequences run together.")] = "fcfs",
     policy: Annotated[Path | None, typer.Option(help="A policy.json instead of the names.")] = None,
     link: DeclaredLink = None,
     machine: MachinePath = None,
+    gpu: Gpu = None,
+    expert_table: ExpertTable = None,
+    cpu_expert: CpuExpert = None,
+    arrivals: Arrivals = None,
+    max_batch: MaxBatch = None,
+    requests: Requests = None,
+    arrival_speed: ArrivalSpeed = None,
+    lengths: Lengths = None,
+    prefill: Prefill = None,
+    seed: Seed = None,
     out: ResultOut = None,
     as_json: Json = False,
 ) -> None:
@@ -28,37 +65,48 @@ def simulate(
 
     Example: expertflow-trace simulate traces/demo --cache lru --predictor none --budget 0.5
     """
-    from ...tracer.quantities import LinkSpec
     from ...tracer.records import write_json
-    from ...tracer.store import Trace
     from ..budget import parse_budget
-    from ..forecast import forecaster
-    from ..machine import read_machine
+    from ..judge import Opening, judge_of
     from ..policy.spec import check_shape, make_spec, read_policy
     from ..report import result_rows
-    from ..split import split_by_batch
+    from ..scope import chosen_allocation
 
-    opened = Trace.open(trace)
-    ready = forecaster(
-        opened,
-        link=LinkSpec.parse(link) if link else None,
-        machine=read_machine(machine) if machine else None,
-    )
+    ready = Opening(
+        trace=trace,
+        machine=machine,
+        gpu=gpu,
+        expert_table=expert_table,
+        link=link,
+        cpu_expert=cpu_expert,
+    ).forecaster()
     if policy is not None:
         chosen = read_policy(policy)
-        check_shape(chosen.shape, opened.shape)
+        check_shape(chosen.shape, ready.shape)
         spec = chosen.behaviour
     else:
-        learn, _ = split_by_batch(ready.workload)
+        taught = judge_of(ready, with_curves=True)
         spec = make_spec(
-            slots=parse_budget(budget, opened.shape),
+            slots=parse_budget(budget, ready.shape),
             cache=cache,
             predictor=predictor,
-            allocation=allocation,
+            allocation=chosen_allocation(allocation, scope),
             scheduler=scheduler,
-            popularity=learn.popularity(),
+            misses=misses,
+            popularity=taught.popularity,
+            curves=taught.curves,
+            cpu_times=ready.costs.cpu_times(),
         )
-    result = ready.predict(spec)
+    asked = ArrivalOptions(
+        arrivals=arrivals,
+        max_batch=max_batch,
+        requests=requests,
+        arrival_speed=arrival_speed,
+        lengths=lengths,
+        prefill=prefill,
+        seed=seed,
+    )
+    result = ready.predict(spec, serving=asked.serving(ready.workload, spec))
     if out is not None:
         write_json(out, result)
     if as_json:

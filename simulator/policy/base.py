@@ -2,8 +2,11 @@
 
 Members order things; they never move bytes, read a clock or draw random numbers. `Residency` owns
 slots and pins and asks them. A member's `needs` names what must be there before it can run:
-`lookahead` (gates applied early), `popularity` (counts from a trace), `future` (the events to come;
-such a member is a bound, refused by the runtime).
+`lookahead` (gates applied early), `routing` (what single tokens chose, which the core does not look at),
+`popularity` (counts from a trace), `curves` (hits by layer and slots, from
+a trace), `gate_weights` (the router's weights of the chosen experts), `cpu_times` (measured or declared seconds of
+a copy and of an expert on the CPU), `future` (the events to come; such a member is a bound, refused by the
+runtime).
 """
 
 from __future__ import annotations
@@ -14,19 +17,48 @@ from typing import ClassVar, Protocol
 
 from ...tracer.types import ExpertKey, Why
 
-NEEDS = ("lookahead", "popularity", "future")
+NEEDS = ("lookahead", "routing", "popularity", "curves", "gate_weights", "cpu_times", "future")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of an event beyond its experts; `tokens` and `weights` are by expert, ascending ids.
+
+    `tokens` counts the tokens that chose an expert (empty: one each), `weights` sums their gate weights (empty:
+    not known). `is_prefill` tells a pass over prompts.
+    """
+
+    is_prefill: bool = False
+    tokens: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+NO_FACTS = Facts()
 
 
 class Cache(Protocol):
-    """Orders the experts resident in one pool of slots. O(log n) per call.
+    """Orders the experts resident in one pool of slots. O(log n) per call unless its docstring says more.
 
-    A cache sees `admit` when an expert becomes resident, `touch` when a resident one is demanded,
-    `remove` when one is evicted, and says who should go. `needs` as in the module docstring.
+    A cache is told its `size` first, then sees `begin` when a layer is asked for, `admit` when an expert becomes
+    resident, `touch` when a resident one is demanded, `remove` when one is evicted, `released` when the event
+    is over, and says who should go. `needs` as in the module docstring. Derive from BaseCache.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
     is_lossless: ClassVar[bool]
+
+    def size(self, slots: int) -> None:
+        """The pool has so many slots. Called once, before anything else."""
+        ...
+
+    def staging(self, largest_event: int) -> int:
+        """Slots beyond the pool's that only a running event may use. More than 0 for bounds only."""
+        ...
+
+    def begin(self, keys: Sequence[ExpertKey], facts: Facts) -> None:
+        """An event asks for `keys`: one or more of one layer, ascending, nothing touched or admitted for it yet."""
+        ...
 
     def admit(self, key: ExpertKey) -> None:
         """An expert became resident."""
@@ -45,7 +77,7 @@ class Cache(Protocol):
         ...
 
     def released(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
-        """Experts to drop now that the event that used `keys` is over."""
+        """Residents to drop now that the event that used `keys` is over."""
         ...
 
     def warm(self, keys: Iterable[ExpertKey], slots: int) -> Sequence[ExpertKey]:
@@ -53,15 +85,46 @@ class Cache(Protocol):
         ...
 
 
+class BaseCache:
+    """The methods most caches leave as they are."""
+
+    slots: int = 0
+
+    def size(self, slots: int) -> None:
+        """Remember the number of slots."""
+        self.slots = slots
+
+    def staging(self, largest_event: int) -> int:
+        """No slots beyond the pool's."""
+        return 0
+
+    def begin(self, keys: Sequence[ExpertKey], facts: Facts) -> None:
+        """Nothing to learn from an event as a whole."""
+
+    def touch(self, key: ExpertKey) -> None:
+        """A demand changes nothing."""
+
+    def released(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
+        """Keep everything."""
+        return ()
+
+    def warm(self, keys: Iterable[ExpertKey], slots: int) -> Sequence[ExpertKey]:
+        """Start empty."""
+        return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """What is known at one layer besides its own routing.
+    """What is known at one layer when it has been routed.
 
     `lookahead[d]` holds the experts that the gate of layer + d picked from this layer's hidden state,
-    one group of top-k per token.
+    one group of top-k per token. `routed` are the experts each token chose at this layer, one group per
+    token, and `sequences` the sequence each of these tokens belongs to; empty where nobody asked for them.
     """
 
     lookahead: Mapping[int, Sequence[Sequence[int]]]
+    routed: Sequence[Sequence[int]] = ()
+    sequences: Sequence[int] = ()
 
 
 NO_SIGNALS = Signals({})
@@ -119,6 +182,21 @@ class Allocation(Protocol):
         ...
 
 
+class Misses(Protocol):
+    """Says what is done about experts that are not resident when demanded."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    is_lossless: ClassVar[bool]
+
+    def on_cpu(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Positions, in the list of missing experts, of those to compute on the CPU; the rest is loaded.
+
+        `tokens[i]` counts the tokens that chose missing expert i.
+        """
+        ...
+
+
 class FutureView(Protocol):
     """The events to come, for members that are bounds."""
 
@@ -156,9 +234,10 @@ class Wave:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """The answer to one event: cancels first, then waves in order.
+    """The answer to one event: cancels first, then waves in order, `on_cpu` beside them.
 
-    Rates of an event are counted over its distinct experts: hits + lates + misses.
+    There is at least one wave, if an empty one. `on_cpu` are experts computed where they are, in host memory.
+    Rates of an event are counted over its distinct experts: hits + lates + misses, those on the CPU included.
     """
 
     waves: tuple[Wave, ...]
@@ -166,3 +245,4 @@ class Demand:
     hits: int
     lates: int
     misses: int
+    on_cpu: tuple[int, ...] = ()

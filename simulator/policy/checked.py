@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...tracer.types import ExpertKey, ModelShape
-from .base import Demand, Load, Signals
+from .base import NO_FACTS, Demand, Facts, Load, Signals
 from .future import Future
 from .log import Entry
 from .replay import replay
@@ -37,6 +37,16 @@ def tiny_shape(num_layers: int = 3, num_experts: int = 8, top_k: int = 2) -> Mod
     )
 
 
+def tiny_lessons(shape: ModelShape) -> dict[str, Any]:
+    """What members of a policy may ask to be taught, as `make_spec` takes it; round numbers for tests."""
+    layers, experts = range(shape.num_moe_layers), shape.num_experts
+    return {
+        "popularity": [[(e * 5 + layer) % experts for e in range(experts)] for layer in layers],
+        "curves": [[min(s, 2 + layer) * s for s in range(experts + 1)] for layer in layers],
+        "cpu_times": {"copy_s": 2.0, "expert_s": 0.5, "token_s": 0.25},
+    }
+
+
 class Dice:
     """Reproducible numbers without a global generator (Knuth's MMIX constants)."""
 
@@ -59,7 +69,7 @@ class ScriptedEvent:
     """One layer event of a script.
 
     `predicted` goes to `prefetch`, or the predictor is asked if it is None. Before the event, flying
-    prefetches end: each number of `ends` picks one, in that order.
+    prefetches end: each number of `ends` picks one, in that order. `facts` are told with the demand.
     """
 
     step: int
@@ -68,6 +78,7 @@ class ScriptedEvent:
     predicted: tuple[ExpertKey, ...] | None = ()
     ends: tuple[int, ...] = ()
     signals: Signals = field(default_factory=lambda: Signals({}))
+    facts: Facts = NO_FACTS
 
     @property
     def keys(self) -> tuple[ExpertKey, ...]:
@@ -78,8 +89,11 @@ class ScriptedEvent:
 def random_script(
     shape: ModelShape, seed: int, *, steps: int = 12, prefetches: bool = True
 ) -> list[ScriptedEvent]:
-    """Events of all sizes, up to every expert of a layer, with random prefetches and endings."""
-    dice = Dice(seed)
+    """Events of all sizes, up to every expert of a layer, with random prefetches and endings.
+
+    Odd seeds tell facts: tokens and gate weights by expert, and that the first two steps are prefill.
+    """
+    dice, luck = Dice(seed), Dice(~seed)
     everything = [
         ExpertKey(layer, expert)
         for layer in range(shape.num_moe_layers)
@@ -92,8 +106,14 @@ def random_script(
             experts = tuple(sorted(dice.some(range(shape.num_experts), count)))
             predicted = tuple(dice.some(everything, dice.below(5))) if prefetches else ()
             ends = tuple(dice.below(8) for _ in range(dice.below(4)))
-            script.append(ScriptedEvent(step, layer, experts, predicted, ends))
+            facts = _facts(luck, step, experts) if seed % 2 else NO_FACTS
+            script.append(ScriptedEvent(step, layer, experts, predicted, ends, facts=facts))
     return script
+
+
+def _facts(dice: Dice, step: int, experts: Sequence[int]) -> Facts:
+    tokens = tuple(1 + dice.below(9) for _ in experts)
+    return Facts(step < 2, tokens, tuple(count * dice.below(100) / 100 for count in tokens))
 
 
 class CheckedDriver:
@@ -122,7 +142,7 @@ class CheckedDriver:
             if self.flying:
                 self._end(event.step, list(self.flying)[number % len(self.flying)])
         present, flying = set(self.contents.values()), set(self.flying)
-        answer = self.core.demand(event.step, event.layer, event.experts)
+        answer = self.core.demand(event.step, event.layer, event.experts, event.facts)
         self._check_counts(answer, event, present, flying)
         for key in answer.cancels:
             assert key in self.flying, f"{key} was cancelled but is not on its way"
@@ -140,7 +160,10 @@ class CheckedDriver:
                 self._prefetch(event, members)
             self._check_wave(event.layer, wave.experts, wave.slots)
             seen += wave.experts
-        assert sorted(seen) == list(event.experts), "an expert must run in exactly one wave"
+        known = {key.expert for key in present | flying if key.layer == event.layer}
+        assert not known & set(answer.on_cpu), "only misses are computed on the CPU"
+        seen += answer.on_cpu
+        assert sorted(seen) == list(event.experts), "an expert must run in exactly one place"
         self.core.release(event.step, event.layer)
         self._drop_released(event)
         self._check_places()
@@ -191,7 +214,9 @@ class CheckedDriver:
     def _drop_released(self, event: ScriptedEvent) -> None:
         for slot, key in list(self.contents.items()):
             if self.core.slot_of(key) is None:
-                assert key in event.keys, f"{key} was dropped by an event it has no part in"
+                assert key in event.keys or self.core.pools[self._pool(key)].staging, (
+                    f"{key} was dropped by an event it has no part in"
+                )
                 del self.contents[slot]
 
     def _check_places(self) -> None:

@@ -13,7 +13,10 @@ Kind = Literal["event", "load", "cancel", "predict", "loaded", "release"]
 
 
 class Entry(NamedTuple):
-    """One row. Unused numbers are -1. `detail` is the outcome (event) or the reason (load)."""
+    """One row. Unused numbers are -1. `detail` is the outcome (event: hit, late, miss, cpu) or the reason (load).
+
+    `tokens`, `weight` and `is_prefill` are an event's facts by expert (weight -1: not known).
+    """
 
     kind: Kind
     step: int
@@ -24,3 +27,6 @@ class Entry(NamedTuple):
     evicted_expert: int = -1
     wave: int = -1
     detail: str = ""
+    tokens: int = 1
+    weight: float = -1.0
+    is_prefill: bool = False

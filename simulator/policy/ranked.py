@@ -23,6 +23,9 @@ class Ranked:
     def __contains__(self, key: ExpertKey) -> bool:
         return key in self._ranks
 
+    def __len__(self) -> int:
+        return len(self._ranks)
+
     def put(self, key: ExpertKey, rank: Rank) -> None:
         """Add a key or change its rank."""
         self._ranks[key] = rank

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ...tracer.types import ExpertKey, ModelShape
+from .base import NO_FACTS, Facts
 from .future import Future
 from .log import Entry
 from .spec import PolicySpec
@@ -28,12 +29,12 @@ class ReplayReport:
 def replay(log: Sequence[Entry], spec: PolicySpec, shape: ModelShape) -> ReplayReport:
     """Feed a log's inputs to a fresh core and compare all rows."""
     again: list[Entry] = []
-    future = Future([keys for _, _, keys in events(log)]) if "future" in spec.needs() else None
+    future = Future([keys for _, _, keys, _ in events(log)]) if "future" in spec.needs() else None
     core = spec.build(shape, future=future, log=again)
     core.warm()
-    for kind, step, keys in _inputs(log):
+    for kind, step, keys, facts in _inputs(log):
         if kind == "event":
-            core.demand(step, keys[0].layer, [key.expert for key in keys])
+            core.demand(step, keys[0].layer, [key.expert for key in keys], facts)
         elif kind == "predict":
             core.prefetch(step, keys)
         elif kind == "loaded":
@@ -43,32 +44,45 @@ def replay(log: Sequence[Entry], spec: PolicySpec, shape: ModelShape) -> ReplayR
     return _compare(log, again)
 
 
-def events(log: Sequence[Entry]) -> Iterator[tuple[str, int, tuple[ExpertKey, ...]]]:
-    """The log's layer events in order, each with its distinct experts ascending."""
+Input = tuple[str, int, tuple[ExpertKey, ...], Facts]
+
+
+def events(log: Sequence[Entry]) -> Iterator[Input]:
+    """The log's layer events in order: kind, step, distinct experts ascending, facts."""
     return (item for item in _inputs(log) if item[0] == "event")
 
 
-def _inputs(log: Sequence[Entry]) -> Iterator[tuple[str, int, tuple[ExpertKey, ...]]]:
+def _inputs(log: Sequence[Entry]) -> Iterator[Input]:
     # Rows of one event or one prediction follow each other; answers stand between them.
-    kind, step, keys = "", -1, []
+    rows: list[Entry] = []
     for entry in log:
         if entry.kind in ("load", "cancel"):
             continue
-        key = ExpertKey(entry.layer, entry.expert)
-        joins = entry.kind in ("event", "predict") and (entry.kind, entry.step) == (kind, step)
-        if joins and not (entry.kind == "event" and keys[0].layer != entry.layer):
-            keys.append(key)
-            continue
-        if keys:
-            yield kind, step, _ordered(kind, keys)
-        kind, step, keys = entry.kind, entry.step, [key]
-    if keys:
-        yield kind, step, _ordered(kind, keys)
+        if rows and not _joins(rows[0], entry):
+            yield _input(rows)
+            rows = []
+        rows.append(entry)
+    if rows:
+        yield _input(rows)
 
 
-def _ordered(kind: str, keys: list[ExpertKey]) -> tuple[ExpertKey, ...]:
-    # Waves list an event's experts in the order they ran; it was asked for in ascending order.
-    return tuple(sorted(keys)) if kind == "event" else tuple(keys)
+def _joins(first: Entry, entry: Entry) -> bool:
+    if entry.kind not in ("event", "predict") or (entry.kind, entry.step) != first[:2]:
+        return False
+    return entry.kind == "predict" or entry.layer == first.layer
+
+
+def _input(rows: list[Entry]) -> Input:
+    first = rows[0]
+    if first.kind == "event":
+        # Waves list an event's experts in the order they ran; it was asked for in ascending order.
+        rows = sorted(rows, key=lambda row: row.expert)
+    keys = tuple(ExpertKey(row.layer, row.expert) for row in rows)
+    if first.kind != "event":
+        return first.kind, first.step, keys, NO_FACTS
+    weights = tuple(row.weight for row in rows) if first.weight >= 0 else ()
+    facts = Facts(first.is_prefill, tuple(row.tokens for row in rows), weights)
+    return first.kind, first.step, keys, facts
 
 
 def _compare(log: Sequence[Entry], again: Sequence[Entry]) -> ReplayReport:

@@ -12,22 +12,42 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...tracer.types import ExpertKey
-from .base import NO_SIGNALS, Cache, Demand, Load, Predictor, Signals, Wave
+from .base import (
+    NO_FACTS,
+    NO_SIGNALS,
+    Cache,
+    Demand,
+    Facts,
+    Load,
+    Misses,
+    Predictor,
+    Signals,
+    Wave,
+)
 from .future import Future
 from .log import Entry
 
 
 @dataclass(slots=True)
 class Pool:
-    """A set of slots shared by some layers, and the cache that orders their residents."""
+    """A set of slots shared by some layers, and the cache that orders their residents.
+
+    The last `staging` slots hold experts of a running event only; bounds have such slots, nobody else.
+    """
 
     layers: tuple[int, ...]
     slots: range
     cache: Cache
+    staging: int = 0
     free: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.free = list(reversed(self.slots))
+
+    @property
+    def size(self) -> int:
+        """Slots that experts may keep."""
+        return len(self.slots) - self.staging
 
 
 class Residency:
@@ -42,6 +62,7 @@ class Residency:
         self,
         pools: Sequence[Pool],
         predictor: Predictor,
+        misses: Misses,
         *,
         num_experts: int,
         future: Future | None = None,
@@ -50,8 +71,10 @@ class Residency:
         self.pools = pools
         self.log = log
         self._predictor = predictor
+        self._misses = misses
         self._num_experts = num_experts
         self._future = future
+        self._reads_weights = any("gate_weights" in pool.cache.needs for pool in pools)
         self._pool_of = {layer: pool for pool in pools for layer in pool.layers}
         self._resident: dict[ExpertKey, int] = {}
         self._loading: dict[ExpertKey, int] = {}
@@ -61,11 +84,11 @@ class Residency:
     @property
     def num_slots(self) -> int:
         """Slots over all pools."""
-        return sum(len(pool.slots) for pool in self.pools)
+        return sum(pool.size for pool in self.pools)
 
     def pool_slots(self, layer: int) -> int:
         """Slots of the pool a layer uses."""
-        return len(self._pool_of[layer].slots)
+        return self._pool_of[layer].size
 
     def slot_of(self, key: ExpertKey) -> int | None:
         """The slot of a resident expert."""
@@ -80,20 +103,27 @@ class Residency:
         loads: list[Load] = []
         for pool in self.pools:
             keys = [ExpertKey(la, e) for la in pool.layers for e in range(self._num_experts)]
-            for key in pool.cache.warm(keys, len(pool.slots)):
+            for key in pool.cache.warm(keys, pool.size):
                 load = Load(key, pool.free.pop(), None, "warm")
                 self._settle(pool, key, load.slot)
                 loads.append(load)
                 self._log_load(-1, load)
         return loads
 
-    def demand(self, step: int, layer: int, experts: Sequence[int]) -> Demand:
+    def demand(
+        self, step: int, layer: int, experts: Sequence[int], facts: Facts = NO_FACTS
+    ) -> Demand:
         """Answer one event: `experts` are the distinct ids the layer needs, in ascending order."""
         if self._future is not None:
             self._future.advance()
+        if facts.weights and not self._reads_weights:
+            # Simulator and runtime know them to different precision, and log them only where they decide.
+            facts = Facts(facts.is_prefill, facts.tokens)
         pool = self._pool_of[layer]
         keys = tuple(ExpertKey(layer, expert) for expert in experts)
         self._event, self._pinned = keys, frozenset(keys)
+        if keys:  # an event without experts leaves no rows in the log, so it must change nothing
+            pool.cache.begin(keys, facts)
         hits = [key for key in keys if key in self._resident]
         late = [key for key in keys if key in self._loading]
         misses = [key for key in keys if key not in self._resident and key not in self._loading]
@@ -101,8 +131,15 @@ class Residency:
             pool.cache.touch(key)
         for key in late:
             self._settle(pool, key, self._loading.pop(key))
-        waves, cancels = self._waves(step, pool, hits, late, misses)
-        return Demand(tuple(waves), tuple(cancels), len(hits), len(late), len(misses))
+        first = 0 if self.log is None else len(self.log)
+        on_cpu = self._compute_on_cpu(step, keys, misses, facts)
+        to_load = [key for key in misses if key.expert not in on_cpu]
+        waves, cancels = self._waves(step, pool, hits, late, to_load)
+        if self.log is not None:
+            _write_facts(self.log, first, experts, facts)
+        return Demand(
+            tuple(waves), tuple(cancels), len(hits), len(late), len(misses), tuple(on_cpu)
+        )
 
     def predict(self, step: int, layer: int, signals: Signals = NO_SIGNALS) -> list[Load]:
         """Ask the predictor what comes next; answer with the prefetches worth asking for."""
@@ -119,8 +156,9 @@ class Residency:
             if key in self._resident or key in self._loading:
                 continue
             pool = self._pool_of[key.layer]
-            evicts = None if pool.free else pool.cache.victim(protected)
-            if not pool.free and evicts is None:
+            has_room = len(pool.free) > pool.staging
+            evicts = None if has_room else pool.cache.victim(protected)
+            if not has_room and evicts is None:
                 continue
             slot = pool.free.pop() if evicts is None else self._evict(pool, evicts)
             self._loading[key] = slot
@@ -146,7 +184,30 @@ class Residency:
         for key in pool.cache.released(self._event):
             if key in self._resident:
                 pool.free.append(self._evict(pool, key))
+        while len(pool.free) < pool.staging:
+            # Staging is for running events only: what ran there stays if it is worth more than another.
+            gone = pool.cache.victim(())
+            if gone is None:
+                break
+            pool.free.append(self._evict(pool, gone))
         self._pinned, self._event = frozenset(), ()
+
+    def _compute_on_cpu(
+        self,
+        step: int,
+        keys: Sequence[ExpertKey],
+        misses: Sequence[ExpertKey],
+        facts: Facts,
+    ) -> list[int]:
+        if not misses:
+            return []
+        tokens = dict(zip(keys, facts.tokens, strict=True)) if facts.tokens else {}
+        places = self._misses.on_cpu([tokens.get(key, 1) for key in misses])
+        found = sorted(misses[place].expert for place in places)
+        if self.log is not None:
+            layer = keys[0].layer
+            self.log.extend(Entry("event", step, layer, expert, detail="cpu") for expert in found)
+        return found
 
     def _waves(
         self,
@@ -162,7 +223,7 @@ class Residency:
         present = [*hits, *late]
         todo = misses
         outcomes = dict.fromkeys(hits, "hit") | dict.fromkeys(late, "late")
-        while present or todo:
+        while present or todo or not waves:
             room = capacity - len(present)
             fetched, todo = todo[:room], todo[room:]
             members = sorted([*present, *fetched])
@@ -230,3 +291,19 @@ class Residency:
         for key, slot in zip(members, slots, strict=True):
             outcome = outcomes.get(key, "miss")
             self.log.append(Entry("event", step, *key, slot, wave=wave, detail=outcome))
+
+
+def _write_facts(log: list[Entry], first: int, experts: Sequence[int], facts: Facts) -> None:
+    """Add an event's facts to its rows, so that the log alone can be replayed."""
+    if facts is NO_FACTS:
+        return
+    place = {expert: number for number, expert in enumerate(experts)}
+    for row in range(first, len(log)):
+        entry = log[row]
+        if entry.kind == "event":
+            number = place[entry.expert]
+            log[row] = entry._replace(
+                tokens=facts.tokens[number] if facts.tokens else 1,
+                weight=facts.weights[number] if facts.weights else -1.0,
+                is_prefill=facts.is_prefill,
+            )

@@ -19,7 +19,15 @@ from ...tracer.types import ModelShape
 from .base import Scheduler
 from .future import Future
 from .log import Entry
-from .registry import FAMILIES, allocations, caches, predictors, schedulers
+from .registry import (
+    FAMILIES,
+    Registry,
+    allocations,
+    caches,
+    misses,
+    predictors,
+    schedulers,
+)
 from .residency import Pool, Residency
 
 POLICY_FORMAT = "expertflow.policy/1"
@@ -47,6 +55,7 @@ class PolicySpec:
     allocation: Member
     scheduler: Member
     slots: int
+    misses: Member = Member(name="load")
 
     @property
     def members(self) -> dict[str, Member]:
@@ -56,6 +65,7 @@ class PolicySpec:
             "allocation": self.allocation,
             "predictor": self.predictor,
             "scheduler": self.scheduler,
+            "misses": self.misses,
         }
 
     def needs(self) -> frozenset[str]:
@@ -74,6 +84,11 @@ class PolicySpec:
     def predicts(self) -> bool:
         """Whether there is a predictor whose time must be accounted for."""
         return self.predictor.name != "none"
+
+    @property
+    def reads_routing(self) -> bool:
+        """Whether the predictor looks at what single tokens chose."""
+        return "routing" in self.needs()
 
     @property
     def lookahead_depth(self) -> int:
@@ -97,11 +112,16 @@ class PolicySpec:
             parts.append(str(self.allocation))
         if self.predicts:
             parts.append(str(self.predictor))
+        if self.misses.name != "load":
+            parts.append(f"misses {self.misses.name}")
         return " + ".join(parts) + f" @ {self.slots} slots"
 
     def behaviour_hash(self) -> str:
         """Sixteen hex digits over everything that changes a decision."""
-        text = json.dumps(to_json(self), sort_keys=True)
+        document = to_json(self)
+        if self.misses == Member(name="load"):
+            del document["misses"]  # policies older than the family keep their hash
+        text = json.dumps(document, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def with_slots(self, slots: int) -> PolicySpec:
@@ -128,10 +148,19 @@ class PolicySpec:
         first = 0
         for share in shares:
             cache = caches.build(self.cache.name, self._params("cache", future))
-            pools.append(Pool(share.layers, range(first, first + share.slots), cache))
-            first += share.slots
-        predictor = predictors.build(self.predictor.name, self._params("predictor", future))
-        return Residency(pools, predictor, num_experts=shape.num_experts, future=future, log=log)
+            cache.size(share.slots)
+            staging = cache.staging(shape.num_experts)
+            end = first + share.slots + staging
+            pools.append(Pool(share.layers, range(first, end), cache, staging))
+            first = end
+        return Residency(
+            pools,
+            predictors.build(self.predictor.name, self._params("predictor", future)),
+            misses.build(self.misses.name, dict(self.misses.params)),
+            num_experts=shape.num_experts,
+            future=future,
+            log=log,
+        )
 
     def build_scheduler(self) -> Scheduler:
         """Make the live scheduler."""
@@ -158,28 +187,57 @@ def make_spec(
     predictor: str = "none",
     allocation: str = "equal",
     scheduler: str = "fcfs",
+    misses: str = "load",
     popularity: Sequence[Sequence[int]] | None = None,
+    curves: Sequence[Sequence[int]] | None = None,
+    cpu_times: Mapping[str, float] | None = None,
     predictor_params: Mapping[str, Any] | None = None,
+    cache_params: Mapping[str, Any] | None = None,
 ) -> PolicySpec:
-    """Build a spec from names, checking each. `popularity` is given to members that need it."""
+    """Build a spec from names, checking each.
+
+    What a trace or a machine teaches is given to the members that need it: `popularity[layer][expert]` demands,
+    `curves[layer][slots]` hits of an LRU of so many slots, `cpu_times` as Sooner takes them. Raises UsageError for
+    unknown names and for needs not met.
+    """
+    learned = {"popularity": popularity, "curves": curves, "cpu_times": cpu_times}
+    given = {"predictor": predictor_params, "cache": cache_params}
+    names = {
+        "cache": cache,
+        "predictor": predictor,
+        "allocation": allocation,
+        "scheduler": scheduler,
+        "misses": misses,
+    }
+    members = {
+        registry.kind: _member(registry, names[registry.kind], learned, given.get(registry.kind))
+        for registry in FAMILIES
+    }
+    return PolicySpec(slots=slots, **members)
+
+
+def _member(
+    registry: Registry,
+    name: str,
+    learned: Mapping[str, Any],
+    given: Mapping[str, Any] | None,
+) -> Member:
     params: dict[str, Any] = {}
-    if "popularity" in caches.get(cache).needs:
-        if popularity is None:
-            raise UsageError(f"cache {cache!r} needs popularity counts; none were given.")
-        params["popularity"] = [list(row) for row in popularity]
-    for registry, name in (
-        (predictors, predictor),
-        (allocations, allocation),
-        (schedulers, scheduler),
-    ):
-        registry.get(name)
-    return PolicySpec(
-        cache=Member(name=cache, params=params),
-        predictor=Member(name=predictor, params=dict(predictor_params or {})),
-        allocation=Member(name=allocation),
-        scheduler=Member(name=scheduler),
-        slots=slots,
-    )
+    for need in sorted(registry.get(name).needs & learned.keys()):
+        if learned[need] is None:
+            raise UsageError(f"{registry.kind} {name!r} needs {_TEACHERS[need]}; none were given.")
+        if need == "cpu_times":
+            params.update(learned[need])
+        else:
+            params[need] = [list(row) for row in learned[need]]
+    return Member(name=name, params=params | dict(given or {}))
+
+
+_TEACHERS = {
+    "popularity": "popularity counts of a trace",
+    "curves": "hit curves of a trace by layer",
+    "cpu_times": "measured or declared CPU times of an expert",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Contract suites for members of the four families, for pytest.
+"""Contract suites for members of the families, for pytest.
 
 Subclass the suite of a family, name a registered member, and every promise the decision core relies on
 is tested:
@@ -8,7 +8,7 @@ is tested:
     class TestMyCache(CacheContract):
         name = "my_cache"
 
-Members that declare `popularity` or `future` in `needs` are given both.
+Members are given what they declare in `needs`: popularity, curves, CPU times, the future.
 """
 
 # ruff: noqa: D102 - the name of a test says what it tests
@@ -19,10 +19,27 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from ...tracer.types import ExpertKey, ModelShape
-from .base import NEEDS, Allocation, Cache, Predictor, Scheduler, Signals, Waiting
-from .checked import Dice, ScriptedEvent, random_script, require_replay, tiny_shape
+from .base import (
+    NEEDS,
+    NO_FACTS,
+    Allocation,
+    Cache,
+    Misses,
+    Predictor,
+    Scheduler,
+    Signals,
+    Waiting,
+)
+from .checked import (
+    Dice,
+    ScriptedEvent,
+    random_script,
+    require_replay,
+    tiny_lessons,
+    tiny_shape,
+)
 from .future import Future
-from .registry import Registry, allocations, caches, predictors, schedulers
+from .registry import Registry, allocations, caches, misses, predictors, schedulers
 from .spec import Member, PolicySpec
 
 
@@ -40,14 +57,12 @@ class _MemberContract:
         return self.registry.get(self.name)
 
     def make_params(self) -> dict[str, Any]:
-        """Parameters that go into policy.json; adds the popularity a member asks for."""
-        params = dict(self.params)
-        if "popularity" in self.member.needs and "popularity" not in params:
-            rows, width = self.shape.num_moe_layers, self.shape.num_experts
-            params["popularity"] = [
-                [(expert * 5 + layer) % width for expert in range(width)] for layer in range(rows)
-            ]
-        return params
+        """Parameters that go into policy.json, with what the member asks to be taught."""
+        params: dict[str, Any] = {}
+        for need, lesson in tiny_lessons(self.shape).items():
+            if need in self.member.needs:
+                params |= lesson if need == "cpu_times" else {need: lesson}
+        return params | dict(self.params)
 
     def make(self, future: Future | None = None) -> Any:
         """A fresh member, knowing `future` if it needs to."""
@@ -63,6 +78,7 @@ class _MemberContract:
             "predictor": Member(name="none"),
             "allocation": Member(name="global"),
             "scheduler": Member(name="fcfs"),
+            "misses": Member(name="load"),
             self.registry.kind: Member(name=self.name, params=self.make_params()),
             **members,
         }
@@ -101,9 +117,11 @@ class CacheContract(_MemberContract):
         script = random_script(self.shape, seed, prefetches=False)
         future = Future([event.keys for event in script])
         cache: Cache = self.make(future)
+        cache.size(5)
         residents: set[ExpertKey] = set()
         for event in script:
             future.advance()
+            cache.begin(event.keys, NO_FACTS)
             for key in event.keys:
                 if key in residents:
                     cache.touch(key)
@@ -153,6 +171,7 @@ class CacheContract(_MemberContract):
 
     def test_draining_names_every_resident_once_and_leaves_it_usable(self) -> None:
         cache: Cache = self.make()
+        cache.size(self.shape.num_experts)
         keys = [ExpertKey(0, expert) for expert in range(self.shape.num_experts)]
         for _ in range(2):
             for key in keys:
@@ -164,18 +183,20 @@ class CacheContract(_MemberContract):
 
             assert sorted(gone) == keys
 
-    def test_releases_only_experts_of_the_event(self) -> None:
+    def test_releases_only_residents(self) -> None:
         cache: Cache = self.make()
+        cache.size(self.shape.num_experts)
         keys = [ExpertKey(0, expert) for expert in range(4)]
         for key in keys:
             cache.admit(key)
 
-        assert set(cache.released(keys[:2])) <= set(keys[:2])
+        assert set(cache.released(keys[:2])) <= set(keys)
 
     def test_warms_with_distinct_experts_that_fit(self) -> None:
         keys = [ExpertKey(1, expert) for expert in range(self.shape.num_experts)]
         for slots in (1, 3, len(keys)):
             cache: Cache = self.make(Future([keys[:2], keys[2:5]]))
+            cache.size(slots)
 
             found = list(cache.warm(keys, slots))
 
@@ -212,7 +233,13 @@ class PredictorContract(_MemberContract):
             }
             script.append(
                 ScriptedEvent(
-                    event.step, event.layer, event.experts, None, event.ends, Signals(groups)
+                    event.step,
+                    event.layer,
+                    event.experts,
+                    None,
+                    event.ends,
+                    Signals(groups),
+                    event.facts,
                 )
             )
         return script
@@ -300,3 +327,23 @@ class SchedulerContract(_MemberContract):
             batches.append([w.sequence for place, w in enumerate(waiting) if place in picked])
             waiting = [w for place, w in enumerate(waiting) if place not in picked]
         return batches
+
+
+class MissesContract(_MemberContract):
+    """Promises of an answer to misses. See the module docstring."""
+
+    registry = misses
+
+    def test_names_distinct_positions(self) -> None:
+        for tokens in ([1], [1, 1, 1], [7, 1, 30], list(range(1, 20))):
+            member: Misses = self.make()
+
+            places = list(member.on_cpu(tokens))
+
+            assert len(set(places)) == len(places)
+            assert all(0 <= place < len(tokens) for place in places)
+
+    def test_same_question_has_the_same_answer(self) -> None:
+        member: Misses = self.make()
+
+        assert list(member.on_cpu([3, 1, 2])) == list(member.on_cpu([3, 1, 2]))

@@ -11,6 +11,7 @@ from expertflow.runtime.machine import Machine, generate_all
 from expertflow.simulator.account import CopyRow
 from expertflow.simulator.costs import CostModel, Linear, PhaseCosts
 from expertflow.simulator.engine import simulate
+from expertflow.simulator.policy.checked import tiny_lessons
 from expertflow.simulator.policy.log import Entry
 from expertflow.simulator.policy.registry import allocations, caches, predictors
 from expertflow.simulator.policy.spec import PolicyFile, PolicySpec, make_spec, write_policy
@@ -80,8 +81,7 @@ class Bench:
             cache=cache,
             allocation=allocation,
             predictor=predictor,
-            popularity=self.popularity,
-            **more,
+            **(tiny_lessons(self.shape) | {"popularity": self.popularity} | more),
         )
 
     def simulated(self, spec: PolicySpec, size: int) -> list[Entry]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from expertflow.runtime.machine import Machine, generate_all
 from expertflow.runtime.session import Session
-from expertflow.simulator.account import prefetch_outcomes
+from expertflow.simulator.outcomes import prefetch_outcomes
+from expertflow.simulator.policy.registry import caches
 from expertflow.simulator.policy.spec import Member, check_shape
 from expertflow.simulator.result import MemoryResult
 from expertflow.tracer.blocks import HostBlocks
@@ -17,7 +18,7 @@ from expertflow.tracer.load import load_model
 from expertflow.tracer.schema import WHOLE_STEP
 
 from tests.models import FAMILIES, tiny
-from tests.runtime.bench import CPU, NEW_TOKENS, SLOW
+from tests.runtime.bench import CPU, NEW_TOKENS, SLOW, deployable
 
 NO_MEMORY = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
 
@@ -61,6 +62,44 @@ def test_members_that_know_the_future_are_refused_in_a_sentence(bench, family, m
         bench.machine.session(spec).__enter__()
 
     assert bench.loaded.model.config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize("answer", ["cpu", "sooner"])
+def test_policies_that_compute_on_the_cpu_are_refused_in_a_sentence(bench, answer):
+    with pytest.raises(UsageError, match=rf"'{answer}' cannot be deployed yet.*--misses load"):
+        bench.machine.session(bench.spec(8, misses=answer)).__enter__()
+
+    assert bench.loaded.model.config._experts_implementation == "grouped_mm"
+
+
+def test_log_holds_the_tokens_of_each_expert_and_which_passes_are_prefill(bench):
+    record, _, _ = measured(bench, bench.spec(8), size=4)
+    columns = record.steps
+    demanded = [entry for entry in record.log if entry.kind == "event"]
+
+    sizes = {
+        (step, layer): (tokens * bench.shape.top_k, phase == "prefill")
+        for step, layer, tokens, phase in zip(
+            *(columns[name] for name in ("step", "layer", "tokens", "phase")), strict=True
+        )
+    }
+    for place in {(entry.step, entry.layer) for entry in demanded}:
+        own = [entry for entry in demanded if (entry.step, entry.layer) == place]
+        told = (sum(entry.tokens for entry in own), own[0].is_prefill)
+        assert told == sizes[place]
+    assert {entry.is_prefill for entry in demanded} == {True, False}
+    assert {entry.weight for entry in demanded} == {-1.0}
+
+
+@pytest.mark.parametrize(
+    "cache", [name for name in deployable(caches) if "gate_weights" in caches.get(name).needs]
+)
+def test_caches_that_weigh_experts_are_told_what_the_router_gave_them(bench, cache):
+    record, _, _ = measured(bench, bench.spec(8, cache))
+    demanded = [entry for entry in record.log if entry.kind == "event"]
+
+    assert all(0 <= entry.weight <= entry.tokens for entry in demanded)
+    assert len({entry.weight for entry in demanded}) > 10
 
 
 def test_predictor_that_needs_gates_is_refused_without_them(bench):

@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 from expertflow.simulator.account import (
+    LAPS,
     CopyRow,
     RunContext,
     RunRecord,
     SequenceTimes,
     largest_waves,
     percentiles,
-    prefetch_outcomes,
     summarize,
+    totals_of,
 )
 from expertflow.simulator.engine import simulate
+from expertflow.simulator.outcomes import Ledger, prefetch_outcomes
 from expertflow.simulator.policy.checked import tiny_shape
 from expertflow.simulator.policy.log import Entry
 from expertflow.simulator.policy.spec import make_spec
@@ -21,8 +23,6 @@ from expertflow.simulator.result import MemoryResult, PrefetchResult
 from expertflow.tracer.probe import provenance
 from expertflow.tracer.schema import WHOLE_STEP
 from expertflow.tracer.types import ExpertKey
-
-LAPS = ("mixer_s", "readback_s", "decision_s", "lookahead_s", "stall_s", "experts_s")
 
 
 def prefetched(expert: int, evicts: int = -1) -> Entry:
@@ -33,6 +33,9 @@ def prefetched(expert: int, evicts: int = -1) -> Entry:
 def demanded(expert: int, outcome: str, step: int = 0) -> Entry:
     return Entry("event", step, 0, expert, 0, wave=0, detail=outcome)
 
+
+ENDED = Entry("release", 0, 0, -1)
+"""Between two events; what is demanded without it between belongs to one event."""
 
 # --- prefetches --------------------------------------------------------------------------------
 
@@ -52,7 +55,7 @@ def demanded(expert: int, outcome: str, step: int = 0) -> Entry:
         ),
         # Only the first use of a prefetch is its merit.
         (
-            [prefetched(1), demanded(1, "hit"), demanded(1, "hit")],
+            [prefetched(1), demanded(1, "hit"), ENDED, demanded(1, "hit")],
             PrefetchResult(issued=1, useful=1),
         ),
         # Twice prefetched, used once.
@@ -67,17 +70,56 @@ def demanded(expert: int, outcome: str, step: int = 0) -> Entry:
         ),
         # … harmful, though used later.
         (
-            [prefetched(1, evicts=2), demanded(2, "miss"), demanded(1, "hit")],
+            [prefetched(1, evicts=2), demanded(2, "miss"), ENDED, demanded(1, "hit")],
             PrefetchResult(issued=1, useful=1, harmful=1),
         ),
+        # … harmful, if its victim is computed on the CPU as well.
+        (
+            [prefetched(1, evicts=2), demanded(2, "cpu")],
+            PrefetchResult(issued=1, wasted=1, harmful=1),
+        ),
         # What it evicted was needed, but after it had paid off itself.
+        (
+            [prefetched(1, evicts=2), demanded(1, "hit"), ENDED, demanded(2, "miss")],
+            PrefetchResult(issued=1, useful=1),
+        ),
+        # … or in the same event, whatever the order of rows: one load was exchanged for another.
         (
             [prefetched(1, evicts=2), demanded(1, "hit"), demanded(2, "miss")],
             PrefetchResult(issued=1, useful=1),
         ),
+        (
+            [prefetched(2, evicts=1), demanded(1, "miss"), demanded(2, "late")],
+            PrefetchResult(issued=1, late=1),
+        ),
+        # Both were needed and neither was there: the prefetch had been evicted itself.
+        (
+            [prefetched(1, evicts=2), demanded(1, "miss"), demanded(2, "miss")],
+            PrefetchResult(issued=1, wasted=1, harmful=1),
+        ),
+        # Given up by the very event that misses its victim. The cancel is logged before the event's rows.
+        (
+            [prefetched(1, evicts=2), Entry("cancel", 0, 0, 1), demanded(2, "miss")],
+            PrefetchResult(issued=1, cancelled=1, harmful=1),
+        ),
+        # Given up first, missed later: its victim is no longer its doing.
+        (
+            [prefetched(1, evicts=2), Entry("cancel", 0, 0, 1), ENDED, demanded(2, "miss")],
+            PrefetchResult(issued=1, cancelled=1),
+        ),
+        # What it evicted came back in time by another prefetch.
+        (
+            [prefetched(1, evicts=2), prefetched(2), ENDED, demanded(2, "hit")],
+            PrefetchResult(issued=2, useful=1, wasted=1),
+        ),
+        # … which was evicted again, by a third: that one is to blame, and it alone.
+        (
+            [prefetched(1, evicts=2), prefetched(2), prefetched(3, evicts=2), demanded(2, "miss")],
+            PrefetchResult(issued=3, wasted=3, harmful=1),
+        ),
         # One victim is blamed once.
         (
-            [prefetched(1, evicts=2), demanded(2, "miss"), demanded(2, "miss")],
+            [prefetched(1, evicts=2), demanded(2, "miss"), ENDED, demanded(2, "miss")],
             PrefetchResult(issued=1, wasted=1, harmful=1),
         ),
         # Demand loads are no prefetches.
@@ -89,6 +131,18 @@ def demanded(expert: int, outcome: str, step: int = 0) -> Entry:
 )
 def test_prefetches_are_judged_by_what_became_of_their_expert(log, expected):
     assert prefetch_outcomes(log) == expected
+
+
+def test_ledger_counts_as_things_happen():
+    ledger, (a, b, c) = Ledger(), [ExpertKey(0, expert) for expert in range(3)]
+    ledger.prefetched(a, None)
+    ledger.prefetched(b, c)
+
+    assert ledger.result() == PrefetchResult(issued=2, wasted=2)  # so far nobody asked for them
+    ledger.demanded([a], [b], [])
+    assert ledger.result() == PrefetchResult(issued=2, useful=1, late=1)
+    ledger.demanded([a, b], [], [c])
+    assert ledger.result() == PrefetchResult(issued=2, useful=1, late=1)
 
 
 def test_every_prefetch_has_one_outcome(machine, steps_of):
@@ -202,6 +256,42 @@ def test_totals_are_those_of_the_whole_run():
     assert result.stall_s == 1.75
     assert result.peak_device_bytes == 54_321
     assert result.slots_ratio == 2 / (4 / 2)
+
+
+def test_passes_are_added_up_one_by_one():
+    totals = totals_of(small_run())
+
+    steps = totals.steps
+    assert steps.is_decode.tolist() == [False, True, True]
+    assert steps.total_s.tolist() == [6.0, 2.0, 2.0]
+    assert steps.laps_s["stall_s"].tolist() == [1.0, 0.25, 0.5]
+    assert steps.laps_s.keys() == set(LAPS)
+    assert (steps.events.tolist(), steps.distinct.tolist()) == ([1, 1, 1], [2, 2, 2])
+    assert steps.hits.tolist() == [0, 1, 1]
+    assert steps.lates.tolist() == [0, 1, 0]
+    assert steps.misses.tolist() == [2, 0, 1]
+    # Warm loads are of no pass.
+    assert steps.bytes_moved.tolist() == [200, 40, 100]
+    assert totals.link_busy_s == 4.0
+    assert summarize(totals, context()) == summarize(small_run(), context())
+
+
+def test_experts_on_the_cpu_count_as_missed_and_waits_for_them_apart():
+    run = small_run()
+    log = [entry._replace(detail="cpu") if entry.detail == "miss" else entry for entry in run.log]
+    steps = {**run.steps, "cpu_s": [0.0, 0.0, 0.25, 0.0, 0.0, 0.0]}
+
+    result = summarize(replace(run, log=log, steps=steps), context())
+
+    assert (result.prefill.misses, result.decode.misses) == (2, 1)
+    assert (result.time.cpu_s, result.stall_s) == (0.25, 1.75)
+    assert result.time.other_s == 1.25
+
+
+def test_link_time_a_run_has_counted_itself_is_taken():
+    run = replace(small_run(), link_busy_s=2.5)
+
+    assert summarize(run, context()).link_busy_share == 0.25
 
 
 def test_rates_add_up_to_one():

@@ -5,12 +5,18 @@ from types import MappingProxyType
 
 import pytest
 from expertflow.simulator.policy.caches.lru import LRU
-from expertflow.simulator.policy.checked import random_script, require_replay, tiny_shape
+from expertflow.simulator.policy.checked import (
+    random_script,
+    require_replay,
+    tiny_lessons,
+    tiny_shape,
+)
 from expertflow.simulator.policy.registry import (
     FAMILIES,
     Registry,
     allocations,
     caches,
+    misses,
     predictors,
     schedulers,
 )
@@ -18,6 +24,7 @@ from expertflow.simulator.policy.spec import make_spec
 from expertflow.simulator.policy.testing import (
     AllocationContract,
     CacheContract,
+    MissesContract,
     PredictorContract,
     SchedulerContract,
 )
@@ -28,6 +35,7 @@ SUITES = (
     (predictors, PredictorContract),
     (allocations, AllocationContract),
     (schedulers, SchedulerContract),
+    (misses, MissesContract),
 )
 
 # A file added to a family's folder is tested without a line here.
@@ -118,16 +126,16 @@ def test_wrong_parameters_are_named():
 @pytest.mark.parametrize("predictor", predictors.names())
 def test_log_of_every_combination_replays_exactly(cache, allocation, predictor):
     shape = tiny_shape()
-    popularity = [[expert % 3 for expert in range(8)] for _ in range(3)]
-    for slots in (1, 5, 24):
+    for slots, answer in ((1, "load"), (5, "sooner"), (24, "cpu")):
         spec = make_spec(
             slots=slots,
             cache=cache,
             allocation=allocation,
             predictor=predictor,
-            popularity=popularity,
+            misses=answer,
+            **tiny_lessons(shape),
         )
 
         log = require_replay(spec, shape, random_script(shape, slots))
 
-        assert {entry.kind for entry in log} >= {"event", "load", "release"}
+        assert {entry.kind for entry in log} >= {"event", "release"}

@@ -227,28 +227,64 @@ def points(*sizes: tuple[int, int, int]) -> tuple[MemoryPoint, ...]:
     )
 
 
+def passes(*sizes: tuple[int, int, int, float]) -> tuple[np.ndarray, ...]:
+    """Batch, tokens, context and largest wave of passes, as arrays."""
+    return tuple(np.array(column) for column in zip(*sizes, strict=True))
+
+
 def test_memory_between_measured_points_is_interpolated(machine):
     measured = points((1, 16, 16), (2, 64, 32), (4, 64, 128), (1, 256, 256))
     model = replace(machine(), memory=measured)
 
-    found = model.activation_bytes("prefill", 2, 100, 50, 1.0)
+    found = model.activation_bytes("prefill", *passes((2, 100, 50, 1.0), (1, 16, 16, 1.0)))
 
-    assert found == pytest.approx(1000 + 50 * 100 + 3 * 100, rel=0.02)
+    assert found == pytest.approx([1000 + 50 * 100 + 3 * 100, 1000 + 50 * 16 + 3 * 16], rel=0.02)
 
 
 def test_memory_at_a_single_measured_point_is_that_point(machine):
     model = replace(machine(), memory=points((2, 64, 32)))
 
-    assert model.activation_bytes("prefill", 2, 64, 32, 1.0) == pytest.approx(1000 + 3200 + 192)
-    assert model.activation_bytes("decode", 2, 2, 32, 1.0) == 0.0
+    (found,) = model.activation_bytes("prefill", *passes((2, 64, 32, 1.0)))
+    unknown = model.activation_bytes("decode", *passes((2, 2, 32, 1.0), (2, 2, 32, 0.5)))
+
+    assert found == pytest.approx(1000 + 3200 + 192)
+    assert unknown.tolist() == [0.0, 0.0]
 
 
 def test_memory_of_waves_adds_the_tensor_that_gathers_them(machine):
     model = replace(machine(), memory=points((2, 64, 32)), gathered_bytes_per_token=10)
 
-    whole = model.activation_bytes("prefill", 2, 64, 32, 1.0)
+    sizes = passes((2, 64, 32, 1.0), (2, 64, 32, 0.5))
 
-    assert model.activation_bytes("prefill", 2, 64, 32, 0.5) == whole + 640
+    whole, waves = model.activation_bytes("prefill", *sizes)
+
+    assert waves == whole + 640
+
+
+def test_memory_of_waves_is_that_measured_in_waves(machine):
+    whole, waves = points((2, 64, 32), (2, 64, 32))
+    waves = replace(waves, activation_bytes=7000, largest_wave=0.5)
+    model = replace(machine(), memory=(whole, waves), gathered_bytes_per_token=10)
+
+    found = model.activation_bytes("prefill", *passes((2, 64, 32, 1.0), (2, 64, 32, 0.5)))
+
+    assert found == pytest.approx([4392, 7000])
+
+
+def test_copies_are_cut_into_whole_chunks(machine):
+    model = replace(machine(), expert_bytes=10, chunk_bytes=4)
+
+    assert model.chunks == 3
+    assert replace(model, chunk_bytes=100).chunks == 1
+
+
+def test_cpu_times_are_told_if_they_are_known(machine):
+    assert machine(copy=2.0).cpu_times() is None
+    assert machine(copy=2.0, cpu=(0.5, 0.25)).cpu_times() == {
+        "copy_s": 2.0,
+        "expert_s": 0.5,
+        "token_s": 0.25,
+    }
 
 
 def test_rows_of_other_pool_sizes_are_brought_to_one_walk():

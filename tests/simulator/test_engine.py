@@ -1,24 +1,25 @@
 """The reference engine on a virtual clock: timelines worked out by hand, and what holds for any run."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import pytest
-from expertflow.simulator.account import RunRecord
+from expertflow.simulator.account import LAPS, RunRecord
 from expertflow.simulator.costs import Linear
-from expertflow.simulator.engine import predicted_memory, simulate
-from expertflow.simulator.policy.checked import tiny_shape
-from expertflow.simulator.policy.registry import allocations, caches, predictors
+from expertflow.simulator.engine import simulate
+from expertflow.simulator.memory import PassSizes, predicted_memory
+from expertflow.simulator.policy.checked import tiny_lessons, tiny_shape
+from expertflow.simulator.policy.registry import allocations, caches, misses, predictors
 from expertflow.simulator.policy.replay import replay
-from expertflow.simulator.policy.spec import make_spec
+from expertflow.simulator.policy.spec import Member, PolicySpec, make_spec
 from expertflow.simulator.workload import Workload
 from expertflow.tracer.errors import UsageError
 from expertflow.tracer.schema import WHOLE_STEP
-from expertflow.tracer.types import ExpertKey
+from expertflow.tracer.types import ExpertKey, MemoryPoint, ModelShape
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-LAPS = ("mixer_s", "readback_s", "decision_s", "lookahead_s", "stall_s", "experts_s")
 
 
 def seconds(record: RunRecord) -> float:
@@ -215,6 +216,25 @@ def test_prefetch_cancelled_after_an_interruption_still_counts_its_bytes(machine
     assert copy_of(interrupted, 1, 4).num_bytes == 0.5 * tiny_shape().expert_bytes
 
 
+def test_prefetch_cancelled_the_moment_it_is_asked_for_moves_nothing(machine, steps_of):
+    # Layer 0 hits and computes in no time: layer 1 takes the slot back before the link has begun.
+    workload = steps_of([[(0,), (1, 2)]], guesses={(0, 0): (4,)})
+    popularity = [[9] + [0] * 6 + [5], [0] * 8]
+    spec = make_spec(
+        slots=2,
+        cache="static",
+        predictor="gate_lookahead",
+        allocation="global",
+        popularity=popularity,
+    )
+
+    record = simulate(workload, spec, tiny_shape(2, 8), machine(copy=1.0, decision=0.5))
+
+    assert [(copy.key, copy.end_s) for copy in record.copies] == [((1, 1), 2.0), ((1, 2), 3.0)]
+    assert [entry.kind for entry in record.log].count("cancel") == 1
+    assert seconds(record) == 3.0
+
+
 def test_copies_under_compute_take_the_measured_busy_time(machine, steps_of):
     workload = steps_of([[(0,)], [(1,)]])
     costs = machine(copy=1.0, busy=2.0, experts=10.0, chunks=8)
@@ -226,6 +246,93 @@ def test_copies_under_compute_take_the_measured_busy_time(machine, steps_of):
     assert idle.end_s - idle.start_s == 1.0
     # Its first chunk starts in the very moment the demand ends, just before compute goes on.
     assert busy.end_s - busy.start_s == pytest.approx(1 / 8 + 7 / 8 * 2.0)
+
+
+# --- the CPU -----------------------------------------------------------------------------------
+
+
+def cpu_spec(misses: str, *, copy: float, cpu: tuple[float, float], **more) -> PolicySpec:
+    times = {"copy_s": copy, "expert_s": cpu[0], "token_s": cpu[1]}
+    return make_spec(misses=misses, cpu_times=times, **more)
+
+
+def test_experts_on_the_cpu_run_beside_the_device_which_waits_for_them(machine, steps_of):
+    # Expert 0 has the only slot for good; 1 is computed on the CPU, from the decision on: 0.25 to 3.75.
+    workload = steps_of([[(0, 1)], [(0, 1)]])
+    costs = machine(copy=9.0, experts=2.0, decision=0.25, cpu=(3.0, 0.5))
+    spec = cpu_spec(
+        "cpu", copy=9.0, cpu=(3.0, 0.5), slots=1, cache="static", popularity=[[8] + [1] * 7]
+    )
+
+    record = simulate(workload, spec, tiny_shape(1, 8), costs)
+
+    columns = record.steps
+    # The device is through with expert 0 at 2.25.
+    assert (columns["experts_s"][0], columns["cpu_s"][0], columns["stall_s"][0]) == (2.0, 1.5, 0.0)
+    assert (columns["total_s"][0], seconds(record)) == (3.75, 7.5)
+    assert outcomes(record) == {"hit": 2, "cpu": 2}
+    assert record.copies == []
+
+
+def test_an_event_all_on_the_cpu_charges_the_device_nothing(machine, steps_of):
+    costs = machine(experts=2.0, head=1.0, cpu=(3.0, 0.5))
+    spec = cpu_spec("cpu", copy=9.0, cpu=(3.0, 0.5), slots=1)
+
+    record = simulate(steps_of([[(0, 1)]]), spec, tiny_shape(1, 8), costs)
+
+    columns = record.steps
+    # One after the other.
+    assert (columns["experts_s"][0], columns["cpu_s"][0]) == (0.0, 2 * 3.5)
+    assert columns["waves"][0] == 1
+    assert seconds(record) == 8.0
+
+
+def with_tokens(workload: Workload, *counts: int) -> Workload:
+    return replace(workload, counts=np.array(counts, dtype=np.int32))
+
+
+def test_experts_of_few_tokens_go_to_the_cpu_while_the_link_loads_the_others(machine, steps_of):
+    # On the CPU they take 1.5, 3 and 5: with the first alone there, the link is through at 4;
+    # with two of them there, the CPU is through at 4.5.
+    workload = with_tokens(steps_of([[(0, 1, 2)]]), 1, 4, 8)
+    costs = machine(copy=2.0, wake=0.5, experts=1.0, cpu=(1.0, 0.5))
+    spec = cpu_spec("sooner", copy=2.0, cpu=(1.0, 0.5), slots=8)
+
+    record = simulate(workload, spec, tiny_shape(1, 8), costs)
+
+    columns = record.steps
+    assert [(copy.key.expert, copy.start_s, copy.end_s) for copy in record.copies] == [
+        (1, 0.0, 2.0),
+        (2, 2.0, 4.0),
+    ]
+    assert (columns["stall_s"][0], columns["experts_s"][0], columns["cpu_s"][0]) == (4.5, 1.0, 0.0)
+    assert seconds(record) == 5.5
+    assert outcomes(record) == {"cpu": 1, "miss": 2}
+
+
+def test_the_device_waits_for_the_cpu_only_beyond_its_own_waits(machine, steps_of):
+    # Expert 0 is on the CPU until 2.5; expert 1 is loaded until 2 and computed until 2.125.
+    workload = steps_of([[(0, 1)]])
+    costs = machine(copy=2.0, experts=0.125, cpu=(2.0, 0.5))
+    spec = cpu_spec("sooner", copy=2.0, cpu=(2.0, 0.5), slots=8)
+
+    record = simulate(workload, spec, tiny_shape(1, 8), costs)
+
+    columns = record.steps
+    assert (columns["stall_s"][0], columns["cpu_s"][0], seconds(record)) == (2.0, 0.375, 2.5)
+
+
+def test_loads_alone_count_as_traffic(machine, steps_of):
+    workload = steps_of([[(0, 1)], [(0, 1)]])
+    costs = machine()
+    phase = replace(costs.decode, mixer=Linear((1.0, 0.0, 0.0, 0.5, 0.0)))
+    costs = replace(costs, prefill=phase, decode=phase)
+
+    def mixer_s(misses):
+        spec = cpu_spec(misses, copy=1.0, cpu=(0.0, 0.0), slots=2)
+        return simulate(workload, spec, tiny_shape(1, 8), costs).steps["mixer_s"][2]
+
+    assert (mixer_s("load"), mixer_s("cpu")) == (2.0, 1.0)
 
 
 # --- rows --------------------------------------------------------------------------------------
@@ -249,31 +356,52 @@ def test_core_is_called_in_the_order_of_the_runtime(machine, steps_of):
     ]
 
 
-def test_tokens_are_timed_from_the_start_of_their_batch(machine, steps_of):
-    first = steps_of([[(0,)], [(0,)]])
-    second = [
-        step.__class__(step.step + 2, step.phase, 1, step.tokens, step.context, (1,), step.events)
-        for step in first.steps
-    ]
-    both = Workload((*first.steps, *second), {0: 4, 1: 4}, 1, 1, 8, 0)
+def test_tokens_are_timed_from_the_start_of_their_sequence(machine, steps_of):
+    both = steps_of([[(0,)], [(0,)], [(0,)], [(0,)]])
+    # Passes 0 and 1 are of sequence 0, passes 2 and 3 of sequence 1.
+    steps = replace(both.steps, members=np.array([0, 0, 1, 1]))
+    both = replace(both, steps=steps, prompt_tokens={0: 4, 1: 7})
 
     record = simulate(both, make_spec(slots=1), tiny_shape(1, 8), machine(mixer=1.0, head=0.5))
 
-    assert [(s.sequence, s.token_s) for s in record.sequences] == [(0, (1.5, 3.0)), (1, (1.5, 3.0))]
+    assert [(s.sequence, s.prompt_tokens, s.token_s) for s in record.sequences] == [
+        (0, 4, (1.5, 3.0)),
+        (1, 7, (1.5, 3.0)),
+    ]
 
 
 def test_memory_peaks_where_cache_and_working_tensors_together_are_largest(machine, steps_of):
+    # The first pass has the largest working tensors, if any; the last has the longest context.
     workload = steps_of([[(0,)], [(1,)], [(2,)]])
     shape = tiny_shape(1, 8)
+    heavy = MemoryPoint(phase="prefill", batch=1, tokens=4, context=4, activation_bytes=10**6)
 
-    memory = predicted_memory(workload, 3, shape, machine(), {})
+    def found(costs):
+        passes = PassSizes.of_steps(workload.steps, np.ones(3))
+        return predicted_memory(passes, 3, shape, costs)
 
-    assert memory.slots == 3 * shape.expert_bytes
-    assert memory.non_expert_weights == shape.non_expert_bytes
-    assert memory.kv_cache == 6 * shape.kv_bytes_per_token
-    assert memory.peak_device_bytes == sum(
-        (memory.slots, memory.non_expert_weights, memory.kv_cache, memory.activations)
+    late, early = found(machine()), found(replace(machine(), memory=(heavy,)))
+
+    assert late.slots == 3 * shape.expert_bytes
+    assert late.non_expert_weights == shape.non_expert_bytes
+    assert (late.kv_cache, late.activations) == (6 * shape.kv_bytes_per_token, 0)
+    assert (early.kv_cache, early.activations) == (4 * shape.kv_bytes_per_token, 10**6)
+    assert late.peak_device_bytes == sum(
+        (late.slots, late.non_expert_weights, late.kv_cache, late.activations)
     )
+
+
+def test_memory_of_a_run_grows_by_the_rows_it_gathers_from_waves(machine, steps_of):
+    workload = steps_of([[(0, 1, 2, 3)], [(0,)]])
+    heavy = MemoryPoint(phase="prefill", batch=1, tokens=4, context=4, activation_bytes=10**6)
+    costs = replace(machine(), gathered_bytes_per_token=10, memory=(heavy,))
+
+    whole, waves = (
+        simulate(workload, make_spec(slots=slots), tiny_shape(1, 8), costs).memory.activations
+        for slots in (4, 3)
+    )
+
+    assert (whole, waves) == (10**6, 10**6 + 4 * 10)
 
 
 def test_a_policy_without_slots_is_refused(machine, steps_of):
@@ -284,11 +412,30 @@ def test_a_policy_without_slots_is_refused(machine, steps_of):
 # --- anything goes -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Given:
+    """A small workload, any policy from one slot to all, and any machine."""
+
+    steps: list[list[set[int]]]
+    num_experts: int
+    guesses: dict[tuple[int, int], list[int]]
+    facts_seed: int
+    spec: PolicySpec
+    shape: ModelShape
+    costs: dict[str, Any]
+
+    def workload(self, steps_of) -> Workload:
+        found = steps_of(self.steps, experts=self.num_experts, guesses=self.guesses)
+        dice = np.random.default_rng(self.facts_seed)
+        counts = dice.integers(1, 9, len(found.experts)).astype(np.int32)
+        return replace(found, counts=counts, weights=counts * dice.random(len(counts)))
+
+
 @st.composite
-def runs(draw: st.DrawFn):
-    """A small workload and any policy, from one slot to all."""
+def runs(draw: st.DrawFn) -> Given:
     layers, experts = draw(st.integers(1, 3)), draw(st.integers(2, 5))
-    event = st.sets(st.integers(0, experts - 1), min_size=1)
+    shape = tiny_shape(layers, experts)
+    event = st.sets(st.integers(0, experts - 1))
     steps = draw(
         st.lists(st.lists(event, min_size=layers, max_size=layers), min_size=1, max_size=5)
     )
@@ -301,23 +448,22 @@ def runs(draw: st.DrawFn):
         cache=draw(st.sampled_from(caches.names())),
         allocation=draw(st.sampled_from(allocations.names())),
         predictor=draw(st.sampled_from(predictors.names())),
-        popularity=[list(range(experts))] * layers,
+        misses=draw(st.sampled_from(misses.names())),
+        **tiny_lessons(shape),
     )
-    costs = {
+    costs: dict[str, Any] = {
         name: draw(st.sampled_from((0.0, 0.3, 1.0, 2.5)))
         for name in ("copy", "mixer", "experts", "wake", "decision", "lookahead")
     }
-    chunks = draw(st.sampled_from((1, 3, 8)))
-    return steps, experts, guesses, spec, tiny_shape(layers, experts), costs, chunks
+    costs["chunks"] = draw(st.sampled_from((1, 3, 8)))
+    costs["cpu"] = draw(st.sampled_from(((0.0, 0.0), (0.5, 0.25))))
+    return Given(steps, experts, guesses, draw(st.integers(0, 99)), spec, shape, costs)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(run=runs())
 def test_any_run_ends_with_its_books_in_order(machine, steps_of, run):
-    steps, experts, guesses, spec, shape, costs, chunks = run
-    workload = steps_of(steps, experts=experts, guesses=guesses)
-
-    record = simulate(workload, spec, shape, machine(**costs, chunks=chunks))
+    record = simulate(run.workload(steps_of), run.spec, run.shape, machine(**run.costs))
 
     columns = record.steps
     for place, layer in enumerate(columns["layer"]):
@@ -326,30 +472,27 @@ def test_any_run_ends_with_its_books_in_order(machine, steps_of, run):
             assert columns["total_s"][place] == pytest.approx(parts)
     layers = sum(t for t, la in zip(columns["total_s"], columns["layer"], strict=True) if la >= 0)
     assert seconds(record) == pytest.approx(layers)
-    assert sum(outcomes(record).values()) == sum(len(e.experts) for e in _events(workload))
+    assert sum(outcomes(record).values()) == sum(len(e) for step in run.steps for e in step)
     demanded = sum(entry.detail == "demand" for entry in record.log)
-    assert seconds(record) >= demanded * costs["copy"] - 1e-9
+    assert seconds(record) >= demanded * run.costs["copy"] - 1e-9
     assert {copy.key for copy in record.copies} <= {
-        ExpertKey(layer, expert) for layer in range(shape.num_layers) for expert in range(experts)
+        ExpertKey(layer, expert)
+        for layer in range(run.shape.num_layers)
+        for expert in range(run.num_experts)
     }
     for copy in record.copies:
         assert copy.queued_s <= copy.start_s <= copy.end_s
-        assert 0 <= copy.num_bytes <= shape.expert_bytes
-    assert replay(record.log, spec, shape).is_exact
-
-
-def _events(workload: Workload):
-    return (event for step in workload.steps for event in step.events)
+        assert 0 <= copy.num_bytes <= run.shape.expert_bytes
+    assert replay(record.log, run.spec, run.shape).is_exact
 
 
 @settings(max_examples=40, deadline=None)
 @given(run=runs())
 def test_two_runs_are_equal_to_the_last_bit(machine, steps_of, run):
-    steps, experts, guesses, spec, shape, costs, chunks = run
-    workload = steps_of(steps, experts=experts, guesses=guesses)
-
-    first = simulate(workload, spec, shape, machine(**costs, chunks=chunks))
-    second = simulate(workload, spec, shape, machine(**costs, chunks=chunks))
+    first, second = (
+        simulate(run.workload(steps_of), run.spec, run.shape, machine(**run.costs))
+        for _ in range(2)
+    )
 
     assert first.steps == second.steps
     assert first.copies == second.copies
@@ -360,16 +503,10 @@ def test_two_runs_are_equal_to_the_last_bit(machine, steps_of, run):
 @settings(max_examples=60, deadline=None)
 @given(run=runs())
 def test_a_faster_link_changes_no_decision_of_a_demand_only_policy(machine, steps_of, run):
-    steps, experts, _, spec, shape, _, _ = run
-    workload = steps_of(steps, experts=experts)
-    spec = make_spec(
-        slots=spec.slots,
-        cache=spec.cache.name,
-        allocation=spec.allocation.name,
-        popularity=[list(range(experts))] * shape.num_layers,
-    )
+    workload = run.workload(steps_of)
+    spec = replace(run.spec, predictor=Member(name="none"))
 
-    slow = simulate(workload, spec, shape, machine(copy=5.0, experts=0.1))
-    fast = simulate(workload, spec, shape, machine(copy=0.1, experts=5.0))
+    slow = simulate(workload, spec, run.shape, machine(copy=5.0, experts=0.1))
+    fast = simulate(workload, spec, run.shape, machine(copy=0.1, experts=5.0))
 
     assert slow.log == fast.log

@@ -181,6 +181,24 @@ def test_bounds_are_refused_where_the_future_is_unknown(family, name):
     assert spec.build(tiny_shape(), future=Future([])).num_slots == 2
 
 
+def test_hash_of_policies_that_load_their_misses_is_that_of_before_there_was_a_choice():
+    # Recorded with version 0.1.0, which had no such family: policy.json of then must stay readable.
+    assert make_spec(slots=4).behaviour_hash() == "f8ccb972fd069474"
+
+
+def test_answers_to_misses_are_told_what_the_cpu_costs():
+    times = {"copy_s": 2.0, "expert_s": 0.5, "token_s": 0.25}
+
+    spec = make_spec(slots=4, misses="sooner", cpu_times=times)
+
+    assert spec.misses.params == times
+    assert spec.label == "lru + misses sooner @ 4 slots"
+    assert spec.behaviour_hash() != make_spec(slots=4).behaviour_hash()
+    assert spec.needs() == {"cpu_times"}
+    with pytest.raises(UsageError, match="misses 'sooner' needs measured or declared CPU times"):
+        make_spec(slots=4, misses="sooner")
+
+
 def test_hash_covers_what_changes_a_decision_and_nothing_else():
     spec = make_spec(slots=4, cache="static", popularity=POPULARITY)
 
@@ -214,6 +232,12 @@ def test_labels_name_what_is_not_the_default():
     assert plain.label == "lru @ 4 slots"
     assert rich.label == "static + global + gate_lookahead(depth=2, width=3) @ 7 slots"
     assert rich.describe()["cache"] == "static"
+
+
+def test_policies_from_before_a_family_was_added_are_read(written):
+    edit(written, lambda d: d["behaviour"].pop("misses"))
+
+    assert read_policy(written) == policy_file()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.kind)

@@ -4,9 +4,13 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pytest
-from expertflow.simulator.choose import candidates, tune
+from expertflow.simulator.choose import Goals, budgets_of, runs_of, tune
+from expertflow.simulator.curves import layer_curves
 from expertflow.simulator.forecast import Forecaster, forecaster
+from expertflow.simulator.policy.checked import tiny_lessons
+from expertflow.simulator.policy.registry import allocations, caches, predictors
 from expertflow.simulator.policy.spec import make_spec
+from expertflow.simulator.space import Budget
 from expertflow.simulator.split import split_by_batch
 from expertflow.simulator.workload import workload_of
 from expertflow.tracer.errors import TraceError, UsageError
@@ -15,6 +19,7 @@ from expertflow.tracer.store import Trace
 from expertflow.tracer.synthetic import synthetic_trace
 
 SLOTS = 32  # of 64
+HALF = Budget("0.5", SLOTS)
 
 
 def steady(ready: Forecaster) -> Forecaster:
@@ -29,7 +34,7 @@ def ready(trace) -> Forecaster:
 
 @pytest.fixture(scope="module")
 def choice(ready):
-    return tune(ready, budget="0.5", slots=SLOTS, advance=lambda _: None)
+    return tune(ready, budgets=[HALF])
 
 
 def test_the_fastest_candidate_is_chosen(choice):
@@ -42,36 +47,52 @@ def test_the_fastest_candidate_is_chosen(choice):
     assert choice.spec.label == choice.predicted.label
 
 
-def test_all_members_the_trace_can_feed_are_tried(choice):
-    tried = {
-        (r.policy["cache"], r.policy["allocation"], r.policy["predictor"])
+def test_all_members_the_trace_can_feed_are_tried(ready, choice):
+    fed = [
+        (cache, allocation, predictor)
+        for cache in caches.names()
+        for allocation in allocations.names()
+        for predictor in predictors.names()
+        if "future" not in caches.get(cache).needs | predictors.get(predictor).needs
+    ]
+
+    assert choice.tuning.tried == len(fed)
+
+
+def test_report_keeps_the_best_and_the_plain_ones(choice):
+    plain = {
+        r.policy["cache"]
         for r in choice.tuning.candidates
+        if r.policy["predictor"] == "none" and r.policy["allocation"] == "equal"
     }
 
-    assert len(tried) == len(choice.tuning.candidates) == 4 * 2 * 2
+    assert 24 <= len(choice.tuning.candidates) <= 27
+    assert plain >= {"none", "lru"}
 
 
-def test_progress_counts_every_candidate(ready):
+def test_progress_ends_with_the_last_prediction(ready):
     counted: list[int] = []
 
-    tune(ready, budget="0.5", slots=SLOTS, advance=counted.append)
+    tune(ready, budgets=[HALF], advance=counted.append)
 
-    assert sum(counted) == 16
+    assert sum(counted) <= runs_of(ready, [HALF])
+    assert sum(counted) > choice_count(ready)
+
+
+def choice_count(ready: Forecaster) -> int:
+    return tune(ready, budgets=[HALF]).tuning.tried
 
 
 def test_policies_are_judged_on_batches_they_did_not_learn_from(ready, choice):
     learn, judge = split_by_batch(ready.workload)
     judged = replace(ready, workload=judge)
 
-    assert not {s.step for s in learn.steps} & {s.step for s in judge.steps}
+    assert not set(learn.steps.number.tolist()) & set(judge.steps.number.tolist())
+    assert len(learn.steps) + len(judge.steps) == len(ready.workload.steps)
     assert not set(learn.prompt_tokens) & set(judge.prompt_tokens)
-    for result, spec in (
-        (judged.predict(spec, with_bounds=False), spec)
-        for spec in candidates(SLOTS, learn.popularity(), lookahead=1)
-    ):
-        (told,) = [c for c in choice.tuning.candidates if c.label == spec.label]
-        assert told.tokens_per_s == result.tokens_per_s
-        assert told.policy_hash == result.policy_hash
+    spec = make_spec(slots=SLOTS, cache="lru", popularity=learn.popularity())
+    (told,) = [c for c in choice.tuning.candidates if c.label == spec.label]
+    assert told.tokens_per_s == judged.predict(spec, with_bounds=False).tokens_per_s
 
 
 def test_chosen_policy_is_given_what_the_whole_trace_teaches(ready, choice):
@@ -90,14 +111,20 @@ def test_a_single_batch_is_learned_from_and_judged_on(tmp_path):
 
 
 def test_no_candidate_beats_its_bounds(ready, choice):
-    _, judge = split_by_batch(ready.workload)
+    learn, judge = split_by_batch(ready.workload)
     judged = replace(ready, workload=judge)
     belady = choice.tuning.bounds[0]
 
     assert belady.policy["cache"] == "belady"
     for candidate in choice.tuning.candidates:
         bounds = judged.bounds(
-            make_spec(slots=SLOTS, allocation=candidate.policy["allocation"]), candidate
+            make_spec(
+                slots=SLOTS,
+                allocation=candidate.policy["allocation"],
+                popularity=learn.popularity(),
+                curves=layer_curves(learn),
+            ),
+            candidate,
         )
         assert candidate.tokens_per_s <= bounds.link_tokens_per_s
         assert candidate.tokens_per_s <= bounds.all_resident_tokens_per_s
@@ -142,10 +169,7 @@ def test_emulated_link_is_said_not_to_be_measured_and_a_measured_one_is_not(read
     emulated = replace(ready, link_origin="emulated", link="8GB/s+10us")
     measured = replace(ready, link_origin="measured")
 
-    told = [
-        " ".join(tune(f, budget="0.5", slots=SLOTS, advance=lambda _: None).tuning.explanation)
-        for f in (emulated, measured)
-    ]
+    told = [" ".join(tune(f, budgets=[HALF]).tuning.explanation) for f in (emulated, measured)]
 
     assert "The link is emulated (8GB/s+10us), not a measured bus." in told[0]
     assert "not a measured bus" not in told[1]
@@ -161,7 +185,7 @@ def test_link_given_by_hand_is_declared(trace):
 def test_free_link_is_said_to_need_no_policy(ready):
     costs = replace(ready.costs, copy_s=0.0, busy_copy_s=0.0, wake_s=0.0)
 
-    choice = tune(replace(ready, costs=costs), budget="0.5", slots=SLOTS, advance=lambda _: None)
+    choice = tune(replace(ready, costs=costs), budgets=[HALF])
 
     text = " ".join(choice.tuning.explanation)
     assert "No policy beats loading every expert on demand" in text
@@ -179,11 +203,11 @@ def test_link_without_hope_is_said_to_need_link_or_memory(ready):
         costs=replace(ready.costs, copy_s=1.0, busy_copy_s=1.0),
     )
 
-    choice = tune(hopeless, budget="1slot", slots=1, advance=lambda _: None)
+    choice = tune(hopeless, budgets=[Budget("1slot", 1)])
 
     text = " ".join(choice.tuning.explanation)
     assert "No policy helps here: buy link or memory." in text
-    assert "computation" not in text
+    assert "sets the pace" not in text
 
 
 def test_explanation_names_the_gain_the_bounds_and_the_ratio(choice):
@@ -194,10 +218,78 @@ def test_explanation_names_the_gain_the_bounds_and_the_ratio(choice):
 
 
 def test_slots_below_one_event_are_said_to_be_too_few(ready):
-    choice = tune(ready, budget="4slots", slots=4, advance=lambda _: None)
+    choice = tune(ready, budgets=[Budget("4slots", 4)])
 
     assert any("raise the budget" in line for line in choice.tuning.explanation)
     assert choice.predicted.slots_ratio > 1
+
+
+# --- goals --------------------------------------------------------------------------------------
+
+
+def test_smallest_budget_that_meets_a_speed_is_chosen(ready):
+    ladder = budgets_of(ready.shape.total_experts)
+    speeds = [tune(ready, budgets=[budget]).predicted.tokens_per_s for budget in ladder[:4]]
+    goals = Goals(min_tokens_per_s=(speeds[1] + speeds[2]) / 2)
+
+    choice = tune(ready, budgets=ladder, goals=goals)
+
+    assert speeds[1] < speeds[2]
+    assert choice.spec.slots == ladder[2].slots
+    assert choice.tuning.meets_goals
+    assert "meets what was asked for: at least" in choice.tuning.explanation[0]
+
+
+def test_goals_nobody_meets_are_said_so_with_what_was_reached(ready):
+    choice = tune(ready, budgets=[HALF], goals=Goals(max_ttft_s=1e-9))
+
+    assert not choice.tuning.meets_goals
+    assert "Nothing that was tried meets" in choice.tuning.explanation[0]
+    assert "first token (p95) within 1 ns" in choice.tuning.explanation[0]
+
+
+def test_a_goal_can_choose_another_than_the_fastest(ready):
+    results = tune(ready, budgets=[HALF]).tuning.candidates
+    patient = min(results, key=lambda result: result.tpot.p95)
+
+    choice = tune(ready, budgets=[HALF], goals=Goals(max_tpot_s=patient.tpot.p95))
+
+    assert choice.predicted.tpot.p95 <= patient.tpot.p95
+
+
+# --- trust --------------------------------------------------------------------------------------
+
+
+def test_front_has_nothing_that_another_beats_in_speed_and_memory(choice):
+    front = choice.tuning.pareto
+
+    assert front
+    for one in front:
+        for other in front:
+            assert one.tokens_per_s >= other.tokens_per_s or (
+                one.peak_device_bytes < other.peak_device_bytes
+            )
+
+
+def test_sensitivity_says_what_a_machine_ten_percent_off_would_change(choice):
+    changes = {change.change: change for change in choice.tuning.sensitivity}
+
+    assert set(changes) == {
+        f"{what} 10 % {how}" for what in ("link", "computation") for how in ("slower", "faster")
+    }
+    slower, faster = changes["link 10 % slower"], changes["link 10 % faster"]
+    assert slower.chosen_tokens_per_s < choice.predicted.tokens_per_s < faster.chosen_tokens_per_s
+    for change in changes.values():
+        assert change.loss == pytest.approx(
+            1 - change.chosen_tokens_per_s / change.best_tokens_per_s
+        )
+        assert change.loss >= 0
+
+
+def test_margin_is_the_lead_over_the_runner_up(choice):
+    best, second = choice.tuning.candidates[:2]
+
+    assert choice.tuning.margin == pytest.approx(best.tokens_per_s / second.tokens_per_s - 1)
 
 
 # --- forecasts ---------------------------------------------------------------------------------
@@ -219,6 +311,17 @@ def test_forecasts_of_a_steady_machine_repeat_to_the_last_bit(ready):
     spec = make_spec(slots=SLOTS, predictor="gate_lookahead")
 
     assert ready.predict(spec) == ready.predict(spec)
+
+
+@pytest.mark.parametrize("allocation", allocations.names())
+def test_bounds_are_those_of_the_policys_own_pools(trace, ready, allocation):
+    lessons = tiny_lessons(trace.shape)
+    spec = make_spec(slots=SLOTS, allocation=allocation, misses="load", **lessons)
+
+    result = ready.predict(spec)
+
+    assert 0 < result.hit_rate <= result.bounds.belady_hit_rate
+    assert 0 < result.tokens_per_s <= result.bounds.belady_tokens_per_s
 
 
 def test_policys_own_time_is_measured_and_charged(trace):
@@ -245,7 +348,8 @@ def test_predictor_without_its_signals_is_refused_with_the_next_step(tmp_path):
 
     with pytest.raises(UsageError, match=r"recorded 0\. Trace again with --lookahead 2"):
         plain.predict(spec)
-    assert len(candidates(8, plain.workload.popularity(), lookahead=0)) == 8
+    tried = tune(plain, budgets=[Budget("8slots", 8)]).tuning.candidates
+    assert {result.policy["predictor"] for result in tried} == {"none"}
 
 
 class _TraceOf(Trace):
@@ -275,14 +379,14 @@ def test_tokens_without_a_prediction_predict_nothing(trace):
 
     found = workload_of(changed)
 
-    ids = [
-        expert
-        for step in found.steps
-        for event in step.events
-        for group in event.lookahead.get(1, ())
-        for expert in group
+    groups = [
+        found.signals(number, 1).lookahead.get(1, ())
+        for place in range(len(found.steps))
+        for number in found.events_of(place)
     ]
-    assert ids
+    ids = [expert for event in groups for group in event for expert in group]
+    whole = sum(len(event) for event in groups)
+    assert whole == sum(ids is not None for ids in holes.to_pylist())
     assert max(ids) < trace.shape.num_experts
 
 

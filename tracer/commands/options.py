@@ -22,7 +22,7 @@ EmulatedLink = Annotated[
 ]
 DeclaredLink = Annotated[
     str | None,
-    typer.Option("--link", help="Predict for another link, declared, for example 25GB/s+10us."),
+    typer.Option("--link", help="A declared link instead: pcie4x16, or 25GB/s+10us."),
 ]
 Tier = Annotated[str, typer.Option(help="Where experts wait: ram, or disk (memory-mapped).")]
 Threads = Annotated[
@@ -37,6 +37,18 @@ PolicyModel = Annotated[
 ]
 MachinePath = Annotated[
     Path | None, typer.Option("--machine", help="A machine.json, as written by `calibrate`.")
+]
+Gpu = Annotated[
+    str | None, typer.Option("--gpu", help="A declared GPU instead of the trace's machine.")
+]
+ExpertTable = Annotated[
+    Path | None, typer.Option("--expert-table", help="Measured MoE layer times for --gpu (CSV).")
+]
+CpuExpert = Annotated[
+    str | None,
+    typer.Option(
+        "--cpu-expert", help="Declared time of an expert on the CPU, per token: 2ms+0.3ms."
+    ),
 ]
 TraceDir = Annotated[Path, typer.Argument(help="Trace folder.", metavar="DIR")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container
 from typing import ClassVar
 
 from ....tracer.types import ExpertKey
+from ..base import BaseCache
 from ..ranked import Ranked
 
 
-class LFU:
+class LFU(BaseCache):
     """Least frequently used: counts start at admission; ties evict the least recently used."""
 
     name: ClassVar[str] = "lfu"
@@ -36,12 +37,6 @@ class LFU:
 
     def victim(self, protected: Container[ExpertKey]) -> ExpertKey | None:
         return self._ranked.lowest(protected)
-
-    def released(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
-        return ()
-
-    def warm(self, keys: Iterable[ExpertKey], slots: int) -> Sequence[ExpertKey]:
-        return ()
 
 
 MEMBER = LFU

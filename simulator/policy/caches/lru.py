@@ -7,10 +7,15 @@ from collections.abc import Container, Iterable, Sequence
 from typing import ClassVar
 
 from ....tracer.types import ExpertKey
+from ..base import BaseCache
 
 
-class LRU:
-    """Least recently used, event-atomic: the experts of one event are touched together."""
+class LRU(BaseCache):
+    """Least recently used, event-atomic: the experts of one event are equally recent, ties go by number.
+
+    The order therefore does not depend on which of them hit, so a larger cache always holds what a smaller one
+    holds (the stack property; curves.py measures all sizes in one pass).
+    """
 
     name: ClassVar[str] = "lru"
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -22,9 +27,6 @@ class LRU:
     def admit(self, key: ExpertKey) -> None:
         self._order[key] = None
 
-    def touch(self, key: ExpertKey) -> None:
-        self._order.move_to_end(key)
-
     def remove(self, key: ExpertKey) -> None:
         del self._order[key]
 
@@ -32,9 +34,10 @@ class LRU:
         return next((key for key in self._order if key not in protected), None)
 
     def released(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
-        return ()
-
-    def warm(self, keys: Iterable[ExpertKey], slots: int) -> Sequence[ExpertKey]:
+        # Until now the event's experts were pinned, so only the order they are left in matters.
+        for key in keys:
+            if key in self._order:
+                self._order.move_to_end(key)
         return ()
 
 

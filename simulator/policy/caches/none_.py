@@ -6,9 +6,10 @@ from collections.abc import Container, Iterable, Sequence
 from typing import ClassVar
 
 from ....tracer.types import ExpertKey
+from ..base import BaseCache
 
 
-class NoCache:
+class NoCache(BaseCache):
     """On-demand loading, the baseline every cache is compared with."""
 
     name: ClassVar[str] = "none"
@@ -21,9 +22,6 @@ class NoCache:
     def admit(self, key: ExpertKey) -> None:
         self._resident[key] = None
 
-    def touch(self, key: ExpertKey) -> None:
-        pass
-
     def remove(self, key: ExpertKey) -> None:
         del self._resident[key]
 
@@ -32,9 +30,6 @@ class NoCache:
 
     def released(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
         return keys
-
-    def warm(self, keys: Iterable[ExpertKey], slots: int) -> Sequence[ExpertKey]:
-        return ()
 
 
 MEMBER = NoCache

@@ -6,10 +6,11 @@ from collections.abc import Container, Iterable, Sequence
 from typing import ClassVar
 
 from ....tracer.types import ExpertKey
+from ..base import BaseCache
 from ..ranked import Ranked
 
 
-class StaticPopularity:
+class StaticPopularity(BaseCache):
     """A placement that does not learn: loaded before the first step, ranked by counts of a trace.
 
     `popularity[layer][expert]` counts demands. A miss has to go somewhere, so it takes the slot of the
@@ -31,17 +32,11 @@ class StaticPopularity:
     def admit(self, key: ExpertKey) -> None:
         self._ranked.put(key, self._rank(key))
 
-    def touch(self, key: ExpertKey) -> None:
-        pass
-
     def remove(self, key: ExpertKey) -> None:
         self._ranked.drop(key)
 
     def victim(self, protected: Container[ExpertKey]) -> ExpertKey | None:
         return self._ranked.lowest(protected)
-
-    def released(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
-        return ()
 
     def warm(self, keys: Iterable[ExpertKey], slots: int) -> Sequence[ExpertKey]:
         return sorted(keys, key=self._rank, reverse=True)[:slots]

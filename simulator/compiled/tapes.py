@@ -1,0 +1,161 @@
+"""What a predictor says at every event of a workload, worked out before the clock starts.
+
+A predictor sees routing and signals, never the clock or the slots, so its answers are the same under every cache,
+size and link. Any predictor can be taped by asking it; the built-in ones that a sweep asks for are taped by loops.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ...tracer.store import NO_EXPERT
+from ..policy.base import Predictor
+from ..policy.future import Future
+from ..policy.registry import predictors
+from ..policy.spec import PolicySpec
+from ..workload import Workload, ranges
+from .jit import array_maker, compiled
+
+
+class Tape(NamedTuple):
+    """Predicted experts (keys) of event j: `keys[ptr[j]:ptr[j + 1]]`, likeliest and soonest first."""
+
+    ptr: np.ndarray
+    keys: np.ndarray
+
+
+def tape_of(workload: Workload, spec: PolicySpec) -> Tape:
+    """Record what the predictor of `spec` says over a workload."""
+    name, params = spec.predictor.name, dict(spec.predictor.params)
+    if name == "none":
+        return Tape(np.zeros(workload.num_events + 1, np.int64), np.empty(0, np.int32))
+    if name == "oracle":
+        return _oracle(workload, int(params.get("horizon", 1)))
+    if name == "gate_lookahead":
+        return _lookahead(workload, spec.lookahead_depth, int(params.get("width", 0)))
+    return asked(workload, spec)
+
+
+def asked(workload: Workload, spec: PolicySpec) -> Tape:
+    """Tape any predictor by asking it event by event."""
+    params = dict(spec.predictor.params)
+    future = None
+    if "future" in predictors.get(spec.predictor.name).needs:
+        future = params["future"] = Future(workload.events())
+    return ask(predictors.build(spec.predictor.name, params), workload, spec, future)
+
+
+def ask(
+    predictor: Predictor, workload: Workload, spec: PolicySpec, future: Future | None = None
+) -> Tape:
+    """What a live predictor says over a workload, after whatever it has been asked before."""
+    width, layers = workload.num_experts, workload.num_layers
+    sizes = np.zeros(workload.num_events, np.int64)
+    said: list[int] = []
+    for number in range(workload.num_events):
+        if future is not None:
+            future.advance()
+        signals = workload.signals(number, spec.lookahead_depth, routed=spec.reads_routing)
+        keys = predictor.predict(int(workload.layer[number]), signals)
+        found = [key.layer * width + key.expert for key in keys if 0 <= key.layer < layers]
+        said += found
+        sizes[number] = len(found)
+    return Tape(_bounds(sizes), np.asarray(said, dtype=np.int32))
+
+
+def _oracle(workload: Workload, horizon: int) -> Tape:
+    first = np.minimum(np.arange(workload.num_events) + 1, workload.num_events)
+    last = np.minimum(first + horizon, workload.num_events)
+    starts, sizes = workload.ptr[first], workload.ptr[last] - workload.ptr[first]
+    places = ranges(
+        np.ravel(np.stack((starts, starts + sizes), axis=1)), np.arange(len(starts)) * 2
+    )
+    return Tape(_bounds(sizes), workload.keys()[places])
+
+
+def _lookahead(workload: Workload, depth: int, width: int) -> Tape:
+    columns = [workload.rows.lookahead[d] for d in range(1, depth + 1)]
+    votes = np.stack(columns, axis=1) if columns else np.empty((0, 0, 0), np.uint16)
+    most = depth * (min(width, workload.num_experts) if width else workload.num_experts)
+    return Tape(
+        *_count_votes(
+            votes,
+            workload.row_ptr,
+            workload.layer,
+            workload.num_layers,
+            workload.num_experts,
+            width or workload.num_experts,
+            most,
+        )
+    )
+
+
+@array_maker
+def _count_votes(
+    votes: np.ndarray,
+    row_ptr: np.ndarray,
+    layer: np.ndarray,
+    num_layers: int,
+    num_experts: int,
+    width: int,
+    most: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Experts of the layers ahead by votes, most first, ties by number."""
+    events, depth, top_k = len(layer), votes.shape[1], votes.shape[2]
+    ptr = np.zeros(events + 1, np.int64)
+    keys = np.empty(max(16, min(most * events, votes.shape[0] * depth * top_k)), np.int32)
+    count = np.zeros(num_experts, np.int64)
+    order = np.zeros(num_experts, np.int64)
+    end = 0
+    for event in range(events):
+        for ahead in range(depth):
+            target = layer[event] + ahead + 1
+            if target >= num_layers:
+                break
+            found = 0
+            for row in range(row_ptr[event], row_ptr[event + 1]):
+                if _has_hole(votes[row, ahead]):
+                    continue
+                for k in range(top_k):
+                    expert = votes[row, ahead, k]
+                    if count[expert] == 0:
+                        order[found] = expert
+                        found += 1
+                    count[expert] += 1
+            _sort_by_votes(order, count, found)
+            for number in range(found):
+                if number < width:
+                    keys[end] = target * num_experts + order[number]
+                    end += 1
+                count[order[number]] = 0
+        ptr[event + 1] = end
+    return ptr, keys[:end].copy()
+
+
+@compiled
+def _has_hole(ids: np.ndarray) -> bool:
+    for expert in ids:
+        if expert == NO_EXPERT:
+            return True
+    return False
+
+
+@compiled
+def _sort_by_votes(order: np.ndarray, count: np.ndarray, found: int) -> None:
+    for number in range(1, found):
+        expert = order[number]
+        place = number
+        while place > 0:
+            other = order[place - 1]
+            is_before = count[other] > count[expert]
+            if is_before or (count[other] == count[expert] and other < expert):
+                break
+            order[place] = other
+            place -= 1
+        order[place] = expert
+
+
+def _bounds(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)

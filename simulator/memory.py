@@ -1,0 +1,64 @@
+"""Peak device memory of a run, by class, from the sizes of its passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..tracer.types import ModelShape
+from .costs import CostModel
+from .result import MemoryResult
+from .workload import StepDemand, Steps
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PassSizes:
+    """Sizes of forward passes: [passes] each. `wave_share` is the largest share of an event that ran at once."""
+
+    is_decode: np.ndarray
+    batch: np.ndarray
+    tokens: np.ndarray
+    context: np.ndarray
+    wave_share: np.ndarray
+
+    @classmethod
+    def of(cls, walked: Sequence[StepDemand], waves: Mapping[int, float]) -> PassSizes:
+        """Sizes of single passes; those not in `waves` ran in one."""
+        return cls(
+            np.asarray([step.phase == "decode" for step in walked], dtype=bool),
+            np.asarray([step.batch for step in walked], dtype=np.int64),
+            np.asarray([step.tokens for step in walked], dtype=np.int64),
+            np.asarray([step.context for step in walked], dtype=np.int64),
+            np.asarray([waves.get(step.step, 1.0) for step in walked]),
+        )
+
+    @classmethod
+    def of_steps(cls, steps: Steps, wave_share: np.ndarray) -> PassSizes:
+        """Sizes of a workload's passes."""
+        return cls(steps.is_decode, steps.batch, steps.tokens, steps.context, wave_share)
+
+
+def predicted_memory(
+    passes: PassSizes, slots: int, shape: ModelShape, costs: CostModel
+) -> MemoryResult:
+    """Peak device bytes by class: the pass where KV cache and working tensors together are largest."""
+    kv = (shape.kv_bytes_per_token * passes.batch * passes.context).astype(np.float64)
+    activations = np.zeros(len(kv))
+    for phase in ("prefill", "decode"):
+        is_phase = passes.is_decode == (phase == "decode")
+        activations[is_phase] = costs.activation_bytes(
+            phase,
+            passes.batch[is_phase],
+            passes.tokens[is_phase],
+            passes.context[is_phase],
+            passes.wave_share[is_phase],
+        )
+    worst = int(np.argmax(kv + activations)) if len(kv) else None
+    return MemoryResult(
+        non_expert_weights=shape.non_expert_bytes,
+        slots=slots * shape.expert_bytes,
+        kv_cache=0 if worst is None else round(kv[worst]),
+        activations=0 if worst is None else round(activations[worst]),
+    )

@@ -1,0 +1,1 @@
+"""What is done about a miss: one file per answer, named for it."""

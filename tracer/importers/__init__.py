@@ -1,0 +1,1 @@
+"""Other people's recordings as traces: one file per format."""
