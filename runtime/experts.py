@@ -67,7 +67,7 @@ class OffloadedExperts:
             copies = session.submit(wave.loads)
             timer.lap("decision_s")
             if wave is demand.waves[-1]:
-                session.prefetch(self._layer, self._signals(hidden_states))
+                session.prefetch(self._layer, self._signals(hidden_states, chosen))
                 timer.lap("lookahead_s")
             session.store.wait(copies, wave.late)
             timer.lap("stall_s")
@@ -92,11 +92,14 @@ class OffloadedExperts:
         _, inverse = np.unique(chosen, return_inverse=True)
         return np.bincount(inverse.ravel(), weights.ravel()).tolist()
 
-    def _signals(self, hidden_states: torch.Tensor) -> Signals:
+    def _signals(self, hidden_states: torch.Tensor, chosen: np.ndarray) -> Signals:
+        session = self._session
         found: dict[int, list[list[int]]] = {}
-        for ahead in range(1, self._session.lookahead + 1):
-            gate = self._session.gate(self._layer + ahead)
+        for ahead in range(1, session.lookahead + 1):
+            gate = session.gate(self._layer + ahead)
             if gate is not None:
-                ids = gate_choice(gate, hidden_states, self._session.shape.top_k)
-                found[ahead] = ids.tolist()
+                found[ahead] = gate_choice(gate, hidden_states, session.shape.top_k).tolist()
+        if session.reads_routing and session.tokens is not None:
+            tokens = session.tokens
+            return Signals(found, chosen.tolist(), tokens.sequence, tokens.token_id)
         return Signals(found) if found else NO_SIGNALS

@@ -68,6 +68,8 @@ class Session:
         self.store = ExpertStore(blocks, spec.slots, device, self.timer.now, link=link)
         self._step = -1
         self._is_prefill = True
+        self.tokens: StepTokens | None = None
+        self.reads_routing = spec.reads_routing
         self.needs_weights = "gate_weights" in spec.needs()
         self._keeps_log = keep_log
         self._restore: Callable[[], None] = install(
@@ -87,6 +89,7 @@ class Session:
         """A forward pass starts."""
         self._step = info.step
         self._is_prefill = info.phase == "prefill"
+        self.tokens = tokens
         self.timer.begin(info)
 
     def end_step(self) -> float:

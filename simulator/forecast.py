@@ -24,6 +24,7 @@ from .machine import MachineFile
 from .policy.future import Future
 from .policy.spec import PolicySpec, check_shape
 from .result import Bounds, Result
+from .serving import Serving
 from .source import Source
 from .workload import Workload, workload_of
 
@@ -55,19 +56,31 @@ class Forecaster:
     decisions_s: dict[tuple[str, ...], float] = field(default_factory=dict, compare=False)
 
     def predict(
-        self, spec: PolicySpec, *, with_bounds: bool = True, serving: Source | None = None
+        self, spec: PolicySpec, *, with_bounds: bool = True, serving: Serving | None = None
     ) -> Result:
         """Predict one policy, on the recorded batches or on requests as they arrive.
 
         Raises UsageError if the trace or the machine lacks what the policy needs.
         """
         self.require(spec)
-        totals, engine = run(serving or self.workload, spec, self.shape, self._charged(spec))
-        result = replace(summarize(totals, self._context(spec)), engine=engine)
-        # Bounds need the events to come, and what arrives depends on the clock.
-        if not with_bounds or serving is not None:
+        source: Workload | Source = self.workload
+        context = self._context(spec)
+        if serving is not None:
+            # A closed loop does not depend on the clock: its batches are known ahead, bounds and all.
+            source = serving.closed_workload() if serving.is_closed else serving
+            context = replace(
+                context,
+                batch_size=serving.settings.max_batch,
+                warnings=(*self.warnings, *serving.warnings),
+            )
+        totals, engine = run(source, spec, self.shape, self._charged(spec))
+        if serving is not None and serving.is_closed:
+            serving.retime(totals.steps.total_s)
+        served = serving.result() if serving is not None else None
+        result = replace(summarize(totals, context, arrivals=served), engine=engine)
+        if not with_bounds or not isinstance(source, Workload):
             return result
-        return replace(result, bounds=self.bounds(spec, result))
+        return replace(result, bounds=replace(self, workload=source).bounds(spec, result))
 
     def record(self, spec: PolicySpec) -> RunRecord:
         """The raw rows of a prediction, decision log included (by the reference engine)."""

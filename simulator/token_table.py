@@ -37,12 +37,13 @@ class TokenTable:
 
     `experts` [tokens, layers, top_k], as are `weights` and each of `lookahead`. Sequence i has the tokens `first[i]`
     to `first[i + 1]`, of which `prompts[i]` are its prompt. Where a layer recorded no row for a token, its experts are
-    NO_EXPERT (`has_holes`).
+    NO_EXPERT (`has_holes`). `ids` [tokens] are the vocabulary's, None if they were not recorded.
     """
 
     experts: np.ndarray
     weights: np.ndarray | None
     lookahead: Mapping[int, np.ndarray]
+    ids: np.ndarray | None
     has_holes: bool
     first: np.ndarray
     prompts: np.ndarray
@@ -82,12 +83,17 @@ class TokenTable:
             return filled
 
         experts = table(rows.experts, NO_EXPERT)
+        ids = None
+        if rows.token is not None:
+            ids = np.full(len(names), -1, rows.token.dtype)
+            ids[token] = rows.token[row]
         count = int(found[-1]) + 1 if len(found) else 0
         is_prompt = ~workload.steps.is_decode[step]
         return cls(
             experts=experts,
             weights=None if rows.weights is None else table(rows.weights, 0),
             lookahead={depth: table(ids, NO_EXPERT) for depth, ids in rows.lookahead.items()},
+            ids=ids,
             has_holes=bool((experts == NO_EXPERT).any()),
             first=np.searchsorted(found, np.arange(count + 1)),
             prompts=np.bincount(found[is_prompt], minlength=count),
@@ -156,6 +162,7 @@ class TokenTable:
                 sequence=owners[token].astype(np.int32),
                 weights=None if self.weights is None else self.weights[place, layer],
                 lookahead={depth: ids[place, layer] for depth, ids in self.lookahead.items()},
+                token=None if self.ids is None else self.ids[place],
             ),
             prompt_tokens=prompt_tokens,
             batch_size=max_batch,
@@ -176,6 +183,7 @@ class TokenTable:
             sequence=np.array(found.owners * layers, dtype=np.int32),
             weights=None if self.weights is None else by_layer(self.weights),
             lookahead={depth: by_layer(ids) for depth, ids in self.lookahead.items()},
+            token=None if self.ids is None else np.tile(self.ids[tokens], layers),
         )
 
 

@@ -44,7 +44,8 @@ class Rows:
     """Routing of single tokens, in order of events: what each token chose in one layer.
 
     `experts` [rows, top_k]; `sequence` [rows]; `weights` [rows, top_k] or None; `lookahead[d]` [rows, top_k] with
-    NO_EXPERT where there is no layer to look at; `is_pad` [rows], None if no row is padding.
+    NO_EXPERT where there is no layer to look at; `is_pad` [rows], None if no row is padding; `token` [rows], the ids
+    of the tokens fed in, None if they were not recorded.
     """
 
     experts: np.ndarray
@@ -52,6 +53,7 @@ class Rows:
     weights: np.ndarray | None = None
     lookahead: Mapping[int, np.ndarray] = field(default_factory=dict)
     is_pad: np.ndarray | None = None
+    token: np.ndarray | None = None
 
     def take(self, places: np.ndarray) -> Rows:
         """The rows at `places`."""
@@ -61,6 +63,7 @@ class Rows:
             weights=None if self.weights is None else self.weights[places],
             lookahead={depth: ids[places] for depth, ids in self.lookahead.items()},
             is_pad=None if self.is_pad is None else self.is_pad[places],
+            token=None if self.token is None else self.token[places],
         )
 
 
@@ -148,7 +151,12 @@ class Workload:
         if not routed:
             return Signals(ahead)
         rows = self.rows
-        return Signals(ahead, rows.experts[first:last].tolist(), rows.sequence[first:last].tolist())
+        return Signals(
+            ahead,
+            rows.experts[first:last].tolist(),
+            rows.sequence[first:last].tolist(),
+            () if rows.token is None else rows.token[first:last].tolist(),
+        )
 
     def events(self) -> list[tuple[ExpertKey, ...]]:
         """All events in order, for members that know the future."""
@@ -250,6 +258,7 @@ def workload_of(trace: Trace) -> Workload:
         weights=None if found.weights is None else found.weights[order],
         lookahead={depth: ids[order] for depth, ids in found.lookahead.items()},
         is_pad=found.is_pad[order],
+        token=found.token_id[order],
     )
     prompts = trace.table("sequences", columns=["sequence", "prompt_tokens"]).to_pydict()
     return build_workload(
@@ -320,24 +329,24 @@ def _distinct(
 
 
 def _steps_of(trace: Trace, found: RoutingArrays) -> Steps:
-    table = trace.table("steps", columns=["step", "layer", "phase", "batch", "tokens", "context"])
+    names = ["step", "layer", "phase", "batch", "tokens", "context"]
+    table = trace.table("steps", columns=names, filters=[("layer", "==", WHOLE_STEP)])
     columns = table.to_pydict()
-    is_whole = np.asarray(columns["layer"]) == WHOLE_STEP
-    if not is_whole.any():
+    if not columns["step"]:
         raise TraceError(
             f"{trace.path} holds no times of whole passes (table steps); nothing can be replayed. "
             "Record the trace again."
         )
-    number = np.asarray(columns["step"], dtype=np.int64)[is_whole]
+    number = np.asarray(columns["step"], dtype=np.int64)
     order = np.argsort(number, kind="stable")
 
     def column(name: str) -> np.ndarray:
-        return np.asarray(columns[name], dtype=np.int64)[is_whole][order]
+        return np.asarray(columns[name], dtype=np.int64)[order]
 
     member_ptr, members = _members(number[order], found)
     return Steps(
         number=number[order],
-        is_decode=(np.asarray(columns["phase"]) == "decode")[is_whole][order],
+        is_decode=(np.asarray(columns["phase"]) == "decode")[order],
         batch=column("batch"),
         tokens=column("tokens"),
         context=column("context"),

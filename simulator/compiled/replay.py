@@ -202,7 +202,7 @@ def make_run(
         work=work,
         costs=_costs(costs),
         slots=_slots(live, spec, shape, experts),
-        wire=_wire(costs, shape.total_experts),
+        wire=_wire(costs, shape),
         scratch=np.zeros(2 * shape.num_experts + 2, SCRATCH),
         asked=np.zeros(1, ASKED),
     )
@@ -333,7 +333,7 @@ def _rules(spec: PolicySpec, shape: ModelShape) -> np.ndarray:
     return found
 
 
-def _wire(costs: CostModel, total: int) -> Wire:
+def _wire(costs: CostModel, shape: ModelShape) -> Wire:
     machine = np.zeros(1, MACHINE)
     cpu_expert_s, cpu_token_s = costs.cpu_expert.weights
     given = {
@@ -344,13 +344,13 @@ def _wire(costs: CostModel, total: int) -> Wire:
         "wake_s": costs.wake_s,
         "group_s": costs.group_s,
         "chunks": costs.chunks,
-        "expert_bytes": costs.expert_bytes,
+        "expert_bytes": shape.expert_bytes,
         "num_experts": costs.num_experts,
     }
     for name, value in given.items():
         machine[name] = value
     # Each expert can have one live copy and one that was given up but still runs; a few more do no harm.
-    copies = np.zeros(2 * total + 8, COPY)
+    copies = np.zeros(2 * shape.total_experts + 8, COPY)
     copies["free"] = np.arange(len(copies))[::-1]
     clock = np.zeros(1, CLOCK)
     clock["current"], clock["free"] = -1, len(copies)

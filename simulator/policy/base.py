@@ -17,7 +17,18 @@ from typing import ClassVar, Protocol
 
 from ...tracer.types import ExpertKey, Why
 
-NEEDS = ("lookahead", "routing", "popularity", "curves", "gate_weights", "cpu_times", "future")
+LESSONS = ("transitions", "token_table", "activations")
+"""Tables that predictors learn from a trace (simulator.lessons); JSON, kept in policy.json."""
+NEEDS = (
+    "lookahead",
+    "routing",
+    "popularity",
+    "curves",
+    "gate_weights",
+    "cpu_times",
+    *LESSONS,
+    "future",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +130,14 @@ class Signals:
 
     `lookahead[d]` holds the experts that the gate of layer + d picked from this layer's hidden state,
     one group of top-k per token. `routed` are the experts each token chose at this layer, one group per
-    token, and `sequences` the sequence each of these tokens belongs to; empty where nobody asked for them.
+    token, `sequences` the sequence each of these tokens belongs to, and `tokens` their ids (-1: not recorded); empty
+    where nobody asked for them.
     """
 
     lookahead: Mapping[int, Sequence[Sequence[int]]]
     routed: Sequence[Sequence[int]] = ()
     sequences: Sequence[int] = ()
+    tokens: Sequence[int] = ()
 
 
 NO_SIGNALS = Signals({})

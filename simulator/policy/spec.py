@@ -16,7 +16,7 @@ from typing import Any
 from ...tracer.errors import PolicyError, UsageError
 from ...tracer.records import from_json, read_json, to_json, write_json
 from ...tracer.types import ModelShape
-from .base import Scheduler
+from .base import LESSONS, Scheduler
 from .future import Future
 from .log import Entry
 from .registry import (
@@ -191,16 +191,23 @@ def make_spec(
     popularity: Sequence[Sequence[int]] | None = None,
     curves: Sequence[Sequence[int]] | None = None,
     cpu_times: Mapping[str, float] | None = None,
+    lessons: Mapping[str, Any] | None = None,
     predictor_params: Mapping[str, Any] | None = None,
     cache_params: Mapping[str, Any] | None = None,
 ) -> PolicySpec:
     """Build a spec from names, checking each.
 
     What a trace or a machine teaches is given to the members that need it: `popularity[layer][expert]` demands,
-    `curves[layer][slots]` hits of an LRU of so many slots, `cpu_times` as Sooner takes them. Raises UsageError for
-    unknown names and for needs not met.
+    `curves[layer][slots]` hits of an LRU of so many slots, `cpu_times` as Sooner takes them; `lessons` are tables by
+    need for predictors that learn (simulator.lessons). Raises UsageError for unknown names and for needs not met.
     """
-    learned = {"popularity": popularity, "curves": curves, "cpu_times": cpu_times}
+    learned = {
+        "popularity": popularity,
+        "curves": curves,
+        "cpu_times": cpu_times,
+        **dict.fromkeys(LESSONS),
+        **(lessons or {}),
+    }
     given = {"predictor": predictor_params, "cache": cache_params}
     names = {
         "cache": cache,
@@ -229,7 +236,9 @@ def _member(
         if need == "cpu_times":
             params.update(learned[need])
         else:
-            params[need] = [list(row) for row in learned[need]]
+            params[need] = (
+                learned[need] if need in LESSONS else [list(row) for row in learned[need]]
+            )
     return Member(name=name, params=params | dict(given or {}))
 
 
@@ -237,6 +246,9 @@ _TEACHERS = {
     "popularity": "popularity counts of a trace",
     "curves": "hit curves of a trace by layer",
     "cpu_times": "measured or declared CPU times of an expert",
+    "transitions": "counts of experts by the expert before them, learned from a trace",
+    "token_table": "experts by token id, learned from a trace",
+    "activations": "activation matrices of sequences, learned from a trace",
 }
 
 

@@ -71,9 +71,9 @@ def test_marginal_gain_gives_each_slot_where_it_adds_most_hits():
     assert held("marginal_gain", curves, 3, 5) == [3, 2]
 
 
-def test_marginal_gain_does_not_see_a_rise_behind_a_plain():
+def test_marginal_gain_looks_behind_a_plain():
     # Layer 0 goes round three experts: nothing hits until all three fit.
-    assert held("marginal_gain", [[0, 0, 0, 9], [0, 2, 4, 5]], 3, 4) == [1, 3]
+    assert held("marginal_gain", [[0, 0, 0, 9], [0, 2, 4, 5]], 3, 4) == [3, 1]
 
 
 # --- adapmoe -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Each slot goes to the layer where it saves most misses."""
+"""Slots go where each saves most misses, looking over the edge of a plain."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import ClassVar
 
 from ..base import Share
 
+Offer = tuple[float, int, int]
+"""Hits lost per slot if refused (negative, so that the best comes first), slots asked for, layer."""
+
 
 class MarginalGain:
-    """Greedy: 1 slot each, every further one where the curve rises most; ties to the lowest layer.
+    """Greedy: 1 slot each, then as many as rise the curve most per slot, again and again.
 
     `curves[layer][slots]` are the hits on a trace of an LRU of so many slots; what a curve does not cover
-    gains nothing. Optimal if every curve is concave (Fox, 1966); else it may stop short of a rise behind
-    a plain, which adapmoe sees. One pool for all if slots are too few. O(slots × log layers).
+    gains nothing. A layer asks for the number of slots with the steepest rise, not for the next one alone
+    (lookahead of Qureshi & Patt, MICRO 2006): an LRU hits nothing until an event fits. Optimal if every curve is
+    concave (Fox, 1966). Ties: fewer slots, then the lowest layer. One pool for all if slots are too few.
+    O(slots × experts) at worst.
     """
 
     name: ClassVar[str] = "marginal_gain"
@@ -28,19 +33,29 @@ class MarginalGain:
         if slots < num_layers:
             return [Share(tuple(range(num_layers)), slots)]
         held = [1] * num_layers
-        offers = [(-self._gain(layer, 1), layer) for layer in range(num_layers) if num_experts > 1]
-        heapq.heapify(offers)
-        for _ in range(min(slots, num_layers * num_experts) - num_layers):
-            _, layer = heapq.heappop(offers)
-            held[layer] += 1
-            if held[layer] < num_experts:
-                heapq.heappush(offers, (-self._gain(layer, held[layer]), layer))
+        left = min(slots, num_layers * num_experts) - num_layers
+        offers: list[Offer] = []
+        for layer in range(num_layers):
+            self._push(offers, layer, 1, min(left, num_experts - 1))
+        while left:
+            _, asked, layer = heapq.heappop(offers)
+            if asked <= left:
+                held[layer] += asked
+                left -= asked
+            self._push(offers, layer, held[layer], min(left, num_experts - held[layer]))
         return [Share((layer,), count) for layer, count in enumerate(held)]
 
-    def _gain(self, layer: int, held: int) -> int:
-        """Hits that one more slot adds."""
-        curve = self._curves[layer] if layer < len(self._curves) else ()
-        return curve[held + 1] - curve[held] if held + 1 < len(curve) else 0
+    def _push(self, offers: list[Offer], layer: int, held: int, most: int) -> None:
+        """Offer the steepest rise of a layer within `most` more slots."""
+        if most > 0:
+            rises = [(-self._rise(layer, held, more) / more, more) for more in range(1, most + 1)]
+            heapq.heappush(offers, (*min(rises), layer))
+
+    def _rise(self, layer: int, held: int, more: int) -> int:
+        """Hits that so many more slots add."""
+        curve = (self._curves[layer] if layer < len(self._curves) else ()) or (0,)
+        top = len(curve) - 1
+        return curve[min(held + more, top)] - curve[min(held, top)]
 
 
 MEMBER = MarginalGain
