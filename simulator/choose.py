@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..tracer.quantities import format_seconds
 from .capacity import capacity_curve
-from .explain import explain, gain
+from .explain import explain, gain, plainness
 from .feasible import builtin_space
 from .forecast import Forecaster
 from .judge import Judge, judge_of
@@ -144,25 +144,10 @@ def _points(forecaster: Forecaster, budget: Budget) -> list[Point]:
 def _predict_all(judge: Judge, budget: Budget, advance: Callable[[int], None]) -> Tried:
     """Every policy at one budget, fastest first; on a tie the simpler one."""
     tried: Tried = []
-    for point in sorted(_points(judge.forecaster, budget), key=_plainness):
+    for point in _points(judge.forecaster, budget):
         tried.append((point, judge.result(point)))
         advance(1)
-    return sorted(tried, key=lambda pair: -pair[1].tokens_per_s)
-
-
-_PLAIN = ("none", "static", "fifo", "lru", "lfu")
-
-
-def _plainness(point: Point) -> tuple[int, int, int]:
-    """Simple policies first: no prediction, a well-known cache, equal slots."""
-    cache = point.members["cache"].name
-    return (
-        int(point.members["predictor"].name != "none"),
-        _PLAIN.index(cache) if cache in _PLAIN else len(_PLAIN),
-        ("equal", "global").index(name)
-        if (name := point.members["allocation"].name) in ("equal", "global")
-        else 2,
-    )
+    return sorted(tried, key=lambda pair: (-pair[1].tokens_per_s, plainness(pair[1])))
 
 
 def _kept(candidates: Sequence[Result]) -> tuple[Result, ...]:

@@ -24,6 +24,7 @@ def explain(
         lines.append(
             f"A static placement is as good ({static.tokens_per_s:.1f} tokens/s) and simpler."
         )
+    lines += _plainer_lines(candidates)
     limit = best.bounds.all_resident_tokens_per_s
     if limit and gain(best, baseline) < _NOT_WORTH_IT:
         lines.append("No policy helps here: " + _what_helps(baseline))
@@ -78,6 +79,38 @@ def _runner_up(best: Result, second: Result) -> str:
     margin = gain(best, second)
     close = ": too close to call." if margin < _NOT_WORTH_IT else "."
     return f"Runner-up: {second.label} at {second.tokens_per_s:.1f} tokens/s, {margin:.1%} behind{close}"
+
+
+_PLAIN_CACHES = ("none", "static", "lru", "fifo", "lfu")
+_PLAIN_ALLOCATIONS = ("equal", "global")
+
+
+def _plainer_lines(candidates: Sequence[Result]) -> list[str]:
+    """The plainest policy that is as good, if it is neither the chosen one nor static, which is named anyway."""
+    best = candidates[0]
+    as_good = [result for result in candidates if gain(best, result) < _NOT_WORTH_IT]
+    plain = min(as_good, key=plainness)
+    if plainness(plain) >= plainness(best) or _name(plain, "cache") == "static":
+        return []
+    return [f"As good and plainer: {plain.label} at {plain.tokens_per_s:.1f} tokens/s."]
+
+
+def plainness(result: Result) -> tuple[int, int, int]:
+    """How much a policy asks of its reader: no prediction, a well-known cache and equal slots come first."""
+    return (
+        int(_name(result, "predictor") != "none"),
+        _place(_PLAIN_CACHES, _name(result, "cache")),
+        _place(_PLAIN_ALLOCATIONS, _name(result, "allocation")),
+    )
+
+
+def _name(result: Result, family: str) -> str:
+    """A member's name without its parameters."""
+    return result.policy[family].partition("(")[0]
+
+
+def _place(order: Sequence[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)
 
 
 def _ratio_line(best: Result) -> str:

@@ -1,6 +1,7 @@
 """Choosing: the fastest of what was tried, judged on what it did not learn from, and said plainly."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pyarrow as pa
 import pytest
@@ -222,6 +223,19 @@ def test_slots_below_one_event_are_said_to_be_too_few(ready):
 
     assert any("raise the budget" in line for line in choice.tuning.explanation)
     assert choice.predicted.slots_ratio > 1
+
+
+def test_a_plainer_policy_that_is_as_good_is_named():
+    from expertflow.simulator.explain import plainness
+
+    def policy(cache: str, predictor: str = "none", allocation: str = "equal"):
+        class Named:
+            policy: ClassVar = {"cache": cache, "predictor": predictor, "allocation": allocation}
+
+        return plainness(Named)  # type: ignore[arg-type]
+
+    assert policy("lru") < policy("slru(protected=0.8)") < policy("lru", "gate_lookahead(depth=1)")
+    assert policy("lru") < policy("lru", allocation="global") < policy("lru", allocation="adapmoe")
 
 
 # --- goals --------------------------------------------------------------------------------------
