@@ -16,6 +16,8 @@ from .policy.spec import PolicySpec, make_spec
 from .result import Result, Sensitivity, Tuning
 from .space import Budget, Point, grid
 
+_TIE = 0.01
+"""Policies nearer than this share of tokens/s are as good as each other, and the plainest is chosen."""
 _KEPT = 24
 """Candidates that are kept in the report; many of them differ by nothing."""
 _FINALISTS = 3
@@ -89,6 +91,8 @@ def tune(
 ) -> Choice:
     """Predict every policy of the built-in space and choose the fastest at the first budget that meets the goals.
 
+    Of policies that are equally fast within 1 % it is the plainest: small leads come and go with the minute.
+
     What a policy learns (popularity, hit curves) comes from half of the batches; all are judged on the other half. The
     chosen policy is then given what the whole trace teaches. Where no budget meets the goals the fastest of the
     last one is returned, and `tuning.meets_goals` is false.
@@ -102,7 +106,7 @@ def tune(
         if any(goals.are_met(result) for _, result in tried):
             break
     good = [pair for pair in tried if goals.are_met(pair[1])]
-    ordered = [*good, *(pair for pair in tried if pair not in good)] if good else tried
+    ordered = _chosen_first(good or tried, tried)
     (point, predicted), (_, second) = ordered[0], ordered[1]
     predicted = replace(predicted, bounds=judge.forecaster.bounds(judge.spec(point), predicted))
     candidates = (predicted, *(result for _, result in ordered[1:]))
@@ -148,6 +152,15 @@ def _predict_all(judge: Judge, budget: Budget, advance: Callable[[int], None]) -
         tried.append((point, judge.result(point)))
         advance(1)
     return sorted(tried, key=lambda pair: (-pair[1].tokens_per_s, plainness(pair[1])))
+
+
+def _chosen_first(good: Tried, tried: Tried) -> Tried:
+    """The plainest of those as fast as the fastest, then the others by speed, those that meet no goal last."""
+    fastest = good[0][1]
+    equals = [pair for pair in good if gain(fastest, pair[1]) < _TIE]
+    chosen = min(equals, key=lambda pair: plainness(pair[1]))
+    rest = [pair for pair in good if pair is not chosen]
+    return [chosen, *rest, *(pair for pair in tried if pair not in good)]
 
 
 def _kept(candidates: Sequence[Result]) -> tuple[Result, ...]:

@@ -24,7 +24,6 @@ def explain(
         lines.append(
             f"A static placement is as good ({static.tokens_per_s:.1f} tokens/s) and simpler."
         )
-    lines += _plainer_lines(candidates)
     limit = best.bounds.all_resident_tokens_per_s
     if limit and gain(best, baseline) < _NOT_WORTH_IT:
         lines.append("No policy helps here: " + _what_helps(baseline))
@@ -77,22 +76,18 @@ def _headline(best: Result, baseline: Result) -> str:
 
 def _runner_up(best: Result, second: Result) -> str:
     margin = gain(best, second)
-    close = ": too close to call." if margin < _NOT_WORTH_IT else "."
-    return f"Runner-up: {second.label} at {second.tokens_per_s:.1f} tokens/s, {margin:.1%} behind{close}"
+    words = f"Runner-up: {second.label} at {second.tokens_per_s:.1f} tokens/s, "
+    if margin < 0:
+        return words + (
+            f"{-margin:.1%} ahead, which is less than such a prediction can tell: the plainer one was chosen."
+        )
+    return (
+        words + f"{margin:.1%} behind" + (": too close to call." if margin < _NOT_WORTH_IT else ".")
+    )
 
 
 _PLAIN_CACHES = ("none", "static", "lru", "fifo", "lfu")
 _PLAIN_ALLOCATIONS = ("equal", "global")
-
-
-def _plainer_lines(candidates: Sequence[Result]) -> list[str]:
-    """The plainest policy that is as good, if it is neither the chosen one nor static, which is named anyway."""
-    best = candidates[0]
-    as_good = [result for result in candidates if gain(best, result) < _NOT_WORTH_IT]
-    plain = min(as_good, key=plainness)
-    if plainness(plain) >= plainness(best) or _name(plain, "cache") == "static":
-        return []
-    return [f"As good and plainer: {plain.label} at {plain.tokens_per_s:.1f} tokens/s."]
 
 
 def plainness(result: Result) -> tuple[int, int, int]:

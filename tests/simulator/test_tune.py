@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from expertflow.simulator.choose import Goals, budgets_of, runs_of, tune
 from expertflow.simulator.curves import layer_curves
+from expertflow.simulator.explain import plainness
 from expertflow.simulator.forecast import Forecaster, forecaster
 from expertflow.simulator.policy.checked import tiny_lessons
 from expertflow.simulator.policy.registry import allocations, caches, predictors
@@ -38,13 +39,18 @@ def choice(ready):
     return tune(ready, budgets=[HALF])
 
 
-def test_the_fastest_candidate_is_chosen(choice):
-    speeds = [result.tokens_per_s for result in choice.tuning.candidates]
+def test_the_fastest_is_chosen_or_the_plainest_that_is_as_fast(choice):
+    chosen, *rest = choice.tuning.candidates
+    speeds = [result.tokens_per_s for result in rest[:23]]
+    fastest = max(chosen.tokens_per_s, *speeds)
 
     assert speeds == sorted(speeds, reverse=True)
-    assert choice.predicted.tokens_per_s == max(speeds)
-    assert choice.tuning.chosen == choice.predicted.label == choice.tuning.candidates[0].label
-    assert choice.tuning.runner_up == choice.tuning.candidates[1].label
+    assert chosen.tokens_per_s > 0.99 * fastest
+    for other in rest:
+        if other.tokens_per_s > 0.99 * fastest:
+            assert plainness(chosen) <= plainness(other)
+    assert choice.tuning.chosen == choice.predicted.label == chosen.label
+    assert choice.tuning.runner_up == rest[0].label
     assert choice.spec.label == choice.predicted.label
 
 
@@ -226,8 +232,6 @@ def test_slots_below_one_event_are_said_to_be_too_few(ready):
 
 
 def test_a_plainer_policy_that_is_as_good_is_named():
-    from expertflow.simulator.explain import plainness
-
     def policy(cache: str, predictor: str = "none", allocation: str = "equal"):
         class Named:
             policy: ClassVar = {"cache": cache, "predictor": predictor, "allocation": allocation}
