@@ -108,7 +108,12 @@ def tune(
     good = [pair for pair in tried if goals.are_met(pair[1])]
     ordered = _chosen_first(good or tried, tried)
     (point, predicted), (_, second) = ordered[0], ordered[1]
-    predicted = replace(predicted, bounds=judge.forecaster.bounds(judge.spec(point), predicted))
+    spec = judge.spec(point)
+    predicted = replace(
+        predicted,
+        bounds=judge.forecaster.bounds(spec, predicted),
+        worth=judge.forecaster.worth(spec, predicted),
+    )
     candidates = (predicted, *(result for _, result in ordered[1:]))
     finalists = _finalists(ordered)
     bounds = _bounds(judge.forecaster, budget.slots)

@@ -22,11 +22,12 @@ from .engine import simulate
 from .engines import run
 from .machine import MachineFile
 from .policy.future import Future
-from .policy.spec import PolicySpec, check_shape
-from .result import Bounds, Result
+from .policy.spec import Member, PolicySpec, check_shape
+from .result import Bounds, PrefetchWorth, Result
 from .serving import Serving
 from .source import Source
 from .workload import Workload, workload_of
+from .worth import worth_of
 
 _TIMED_EVENTS = 300
 
@@ -80,7 +81,22 @@ class Forecaster:
         result = replace(summarize(totals, context, arrivals=served), engine=engine)
         if not with_bounds or not isinstance(source, Workload):
             return result
-        return replace(result, bounds=replace(self, workload=source).bounds(spec, result))
+        ready = replace(self, workload=source)
+        return replace(result, bounds=ready.bounds(spec, result), worth=ready.worth(spec, result))
+
+    def worth(self, spec: PolicySpec, result: Result) -> PrefetchWorth | None:
+        """What the predictor of a policy is worth; None if there is none, or if it is perfect already."""
+        if not spec.predicts or spec.predictor.name == "oracle":
+            return None
+        horizon = max(1, int(spec.predictor.params.get("horizon", spec.lookahead_depth or 1)))
+        without, perfect = (
+            self.predict(replace(spec, predictor=predictor), with_bounds=False)
+            for predictor in (
+                Member(name="none"),
+                Member(name="oracle", params={"horizon": horizon}),
+            )
+        )
+        return worth_of(result, without, perfect)
 
     def record(self, spec: PolicySpec) -> RunRecord:
         """The raw rows of a prediction, decision log included (by the reference engine)."""

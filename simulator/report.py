@@ -43,6 +43,15 @@ def result_rows(result: Result) -> list[tuple[str, str]]:
                 f"{prefetch.wasted} wasted, {prefetch.harmful} harmful, {prefetch.cancelled} cancelled",
             )
         )
+    if worth := result.worth:
+        rows.append(
+            (
+                "worth",
+                f"{worth.finding} It spares {format_seconds(worth.stall_saved_s)} of waiting for "
+                f"{format_seconds(worth.spent_s)} of its own, and moves "
+                f"{format_bytes(worth.extra_bytes_per_token)} more per token",
+            )
+        )
     rows.append(
         (
             "memory",

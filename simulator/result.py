@@ -67,6 +67,25 @@ class PrefetchResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchWorth:
+    """What a predictor is worth in time, next to the same policy without it and with perfect prediction.
+
+    `stall_saved_s` is the waiting it spares, `spent_s` its own time and what its copies slow down: the run is shorter by
+    the difference. `extra_bytes_per_token` is what it moves beyond demand. `share_of_perfect` is its gain over
+    that of perfect prediction.
+    """
+
+    without_tokens_per_s: float
+    perfect_tokens_per_s: float
+    stall_saved_s: float
+    spent_s: float
+    extra_bytes_per_token: float
+    share_of_perfect: float
+    is_worth_it: bool
+    finding: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryResult:
     """Peak device bytes by class."""
 
@@ -188,6 +207,7 @@ class Result:
     same_tokens: bool | None = None
     log_replays: bool | None = None
     engine: str = ""
+    worth: PrefetchWorth | None = None
     arrivals: ArrivalResult | None = None
     format: str = RESULT_FORMAT
 

@@ -26,7 +26,7 @@ def curve(
 
     LRU is measured at every size in one pass, by layer too (in the JSON).
 
-    Example: expertflow-trace curve traces/demo --caches lru,arc,belady
+    Example: expertflow-trace curve traces/demo/trace --caches lru,arc,belady
     """
     from ...tracer.records import to_json, write_json
     from ...tracer.store import Trace

@@ -63,7 +63,7 @@ def simulate(
 ) -> None:
     """Predict throughput, latency, traffic and memory of a policy.
 
-    Example: expertflow-trace simulate traces/demo --cache lru --predictor none --budget 0.5
+    Example: expertflow-trace simulate traces/demo/trace --cache lru --predictor none --budget 0.5
     """
     from ...tracer.records import write_json
     from ..budget import parse_budget

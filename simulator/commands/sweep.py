@@ -54,7 +54,7 @@ def sweep(
     Writes OUT/results.parquet, one row per configuration, and OUT/sweep.json: what was tried, the Pareto
     front and the best per budget. The same command again continues where it stopped.
 
-    Example: expertflow-trace sweep traces/demo --out sweeps/demo
+    Example: expertflow-trace sweep traces/demo/trace --out sweeps/demo
     """
     from ...tracer.errors import unknown_name
     from ..executors import EXECUTORS, make_executor

@@ -54,7 +54,7 @@ def tune(
     Writes OUT (policy.json) and beside it OUT's name with .tuning.json, for the dashboard. If nothing meets the
     goals, only the report is written, and the exit code is 1.
 
-    Example: expertflow-trace tune traces/demo --budget 0.5 --out policy.json
+    Example: expertflow-trace tune traces/demo/trace --budget 0.5 --out policy.json
     """
     from ...tracer.records import write_json
     from ...tracer.store import Trace
