@@ -33,6 +33,9 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/decision_cost.py
 	$(BIN)/python benchmarks/forecast_accuracy.py
+	$(BIN)/python benchmarks/oracle.py
+	$(BIN)/python benchmarks/replay_speed.py
+	$(BIN)/python benchmarks/sweep_gpt_oss.py
 
 # Runs from the tree with the machine's own Python: no install, no network.
 gpu:

@@ -224,7 +224,19 @@ _KINDS: Final[Mapping[str, type[Any]]] = {
 }
 
 
-_NOT_SHOWN: Final = frozenset({MACHINE_FORMAT, "expertflow.info/1", "expertflow.run/1"})
+_NOT_SHOWN: Final = frozenset(
+    {
+        MACHINE_FORMAT,
+        "expertflow.check/1",
+        "expertflow.curve/1",
+        "expertflow.doctor/1",
+        "expertflow.import/1",
+        "expertflow.info/1",
+        "expertflow.members/1",
+        "expertflow.run/1",
+        "expertflow.sweep/1",
+    }
+)
 """Ours and sound, but no page has a use for them."""
 
 

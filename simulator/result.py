@@ -70,8 +70,8 @@ class PrefetchResult:
 class PrefetchWorth:
     """What a predictor is worth in time, next to the same policy without it and with perfect prediction.
 
-    `stall_saved_s` is the waiting it spares, `spent_s` its own time and what its copies slow down: the run is shorter by
-    the difference. `extra_bytes_per_token` is what it moves beyond demand. `share_of_perfect` is its gain over
+    `stall_saved_s` is the waiting it spares, `spent_s` its own time and what its copies slow down: the run is shorter
+    by the difference. `extra_bytes_per_token` is what it moves beyond demand. `share_of_perfect` is its gain over
     that of perfect prediction.
     """
 

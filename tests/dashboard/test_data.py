@@ -97,6 +97,17 @@ def test_foreign_hidden_partial_and_deep_files_are_passed_over(tmp_path: Path) -
     assert data.discover(tmp_path) == data.Catalog(root=tmp_path)
 
 
+def test_sweeps_and_curves_are_passed_over_without_a_warning(tmp_path: Path) -> None:
+    kinds = ("sweep", "curve", "import", "check", "doctor", "info", "members", "run")
+    for kind in kinds:
+        (tmp_path / f"{kind}.json").write_text(json.dumps({"format": f"expertflow.{kind}/1"}))
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "results.parquet").write_bytes(b"PAR1")
+    (tmp_path / "parts" / "part-00000.parquet").write_bytes(b"PAR1")
+
+    assert data.discover(tmp_path) == data.Catalog(root=tmp_path)
+
+
 def test_a_trace_that_never_finished_is_named(tmp_path: Path) -> None:
     (tmp_path / "half" / "routing").mkdir(parents=True)
     (problem,) = data.discover(tmp_path).problems

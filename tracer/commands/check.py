@@ -26,7 +26,7 @@ def check(
 
     Ends with code 3 and names the file if something is damaged.
 
-    Example: expertflow-trace check traces/demo.partial --salvage traces/demo
+    Example: expertflow-trace check traces/mine.partial --salvage traces/mine
     """
     lost = salvage(trace, salvage_to) if salvage_to is not None else []
     for words in lost:

@@ -21,7 +21,7 @@ def info(
 ) -> None:
     """Show what a trace holds: model, machine, sizes, and how its routing behaves.
 
-    Example: expertflow-trace info traces/demo
+    Example: expertflow-trace info traces/demo/trace
     """
     opened = Trace.open(trace)
     stats = routing_stats(opened)
