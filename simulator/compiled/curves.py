@@ -19,6 +19,7 @@ from .jit import array_maker, compiled
 from .state import Numbers
 
 _WORD = 64
+_ONE, _MASK, _SHIFT = np.uint64(1), np.uint64(63), np.uint64(6)
 
 
 @array_maker
@@ -81,6 +82,60 @@ def _ones(bits: Any) -> Any:
     )
     bits = (bits + (bits >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
     return np.int64((bits * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@array_maker
+def lru_hits(ptr: Numbers, keys: Numbers, counted: Numbers, num_keys: int, slots: int) -> int:
+    """Hits of an event-atomic LRU of so many slots that hold the largest event, shared by all `keys`.
+
+    What an LRU holds is what was demanded last, so no list is kept: residents are those demanded at `oldest` or
+    later. A bit per demand says whether it is its expert's last; the next victim is the next bit. Demands are
+    numbered from 1.
+    """
+    live = np.zeros((len(keys) >> 6) + 3, np.uint64)
+    last = np.zeros(num_keys, np.uint64)
+    hits: Any = 0
+    room, oldest = slots, _ONE
+    for event in range(len(ptr) - 1):
+        begin, end = np.uint64(ptr[event]), np.uint64(ptr[event + 1])
+        missing = 0
+        demand = begin
+        while demand < end:
+            key = np.uint32(keys[demand])
+            before = last[key]
+            missing += before < oldest
+            live[before >> _SHIFT] &= ~(_ONE << (before & _MASK))
+            demand += _ONE
+            last[key] = demand
+        _set_bits(live, begin + _ONE, end)
+        if counted[event]:
+            hits += np.int64(end - begin) - missing
+        room -= missing
+        while room < 0:
+            word = live[oldest >> _SHIFT] >> (oldest & _MASK)
+            while word == 0:
+                oldest = ((oldest >> _SHIFT) + _ONE) << _SHIFT
+                word = live[oldest >> _SHIFT]
+            oldest += np.uint64(lowest_bit(word) + 1)
+            room += 1
+    return hits
+
+
+@compiled
+def _set_bits(words: Numbers, first: Any, last: Any) -> None:
+    """Set the bits from `first` to `last`, both included."""
+    place = first
+    while place <= last:
+        offset = place & _MASK
+        fit = min(np.uint64(_WORD) - offset, last + _ONE - place)
+        words[place >> _SHIFT] |= (~np.uint64(0) >> (np.uint64(_WORD) - fit)) << offset
+        place += fit
+
+
+@compiled
+def lowest_bit(word: Any) -> Any:
+    """The place of the lowest bit that is set."""
+    return _ones((word & (~word + _ONE)) - _ONE)
 
 
 @compiled

@@ -6,7 +6,7 @@ size and link. Any predictor can be taped by asking it; the built-in ones that a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ..policy.future import Future
 from ..policy.registry import predictors
 from ..policy.spec import PolicySpec
 from ..workload import Workload, ranges
+from .curves import lowest_bit
 from .jit import array_maker, compiled
 
 
@@ -66,13 +67,15 @@ def ask(
 
 
 def _oracle(workload: Workload, horizon: int) -> Tape:
-    first = np.minimum(np.arange(workload.num_events) + 1, workload.num_events)
-    last = np.minimum(first + horizon, workload.num_events)
-    starts, sizes = workload.ptr[first], workload.ptr[last] - workload.ptr[first]
-    places = ranges(
-        np.ravel(np.stack((starts, starts + sizes), axis=1)), np.arange(len(starts)) * 2
-    )
-    return Tape(_bounds(sizes), workload.keys()[places])
+    first = np.minimum(np.arange(workload.num_events + 1) + 1, workload.num_events)
+    if horizon == 1:  # the events themselves, one earlier
+        ptr = workload.ptr[first] - workload.ptr[1]
+        return Tape(ptr, workload.keys()[workload.ptr[1] :])
+    last = np.minimum(first[:-1] + horizon, workload.num_events)
+    starts = workload.ptr[first[:-1]]
+    sizes = workload.ptr[last] - starts
+    both = np.ravel(np.stack((starts, starts + sizes), axis=1))
+    return Tape(_bounds(sizes), workload.keys()[ranges(both, np.arange(len(starts)) * 2)])
 
 
 def _lookahead(workload: Workload, depth: int, width: int) -> Tape:
@@ -108,12 +111,17 @@ def _count_votes(
     keys = np.empty(max(16, min(most * events, votes.shape[0] * depth * top_k)), np.int32)
     count = np.zeros(num_experts, np.int64)
     order = np.zeros(num_experts, np.int64)
+    bits = np.zeros((num_experts >> 6) + 1, np.uint64)
     end = 0
     for event in range(events):
         for ahead in range(depth):
             target = layer[event] + ahead + 1
             if target >= num_layers:
                 break
+            first = row_ptr[event]
+            if row_ptr[event + 1] - first == 1 and top_k <= width:
+                end = _in_order(votes[first, ahead], target * num_experts, bits, keys, end)
+                continue
             found = 0
             for row in range(row_ptr[event], row_ptr[event + 1]):
                 if _has_hole(votes[row, ahead]):
@@ -132,6 +140,24 @@ def _count_votes(
                 count[order[number]] = 0
         ptr[event + 1] = end
     return ptr, keys[:end].copy()
+
+
+@compiled
+def _in_order(ids: Any, base: int, bits: Any, keys: Any, end: int) -> int:
+    """One token's experts have a vote each: they are written by number. Returns where they end."""
+    if _has_hole(ids):
+        return end
+    one = np.uint64(1)
+    for expert in ids:
+        bits[expert >> 6] |= one << np.uint64(expert & 63)
+    for place in range(len(bits)):
+        word = bits[place]
+        bits[place] = np.uint64(0)
+        while word:
+            keys[end] = base + 64 * place + lowest_bit(word)
+            end += 1
+            word &= word - one
+    return end
 
 
 @compiled

@@ -11,7 +11,7 @@ pytest.register_assert_rewrite("expertflow.simulator.compiled.testing")
 
 import numpy as np
 from expertflow.simulator import engines
-from expertflow.simulator.compiled.curves import stack_hits
+from expertflow.simulator.compiled.curves import lru_hits, stack_hits
 from expertflow.simulator.compiled.replay import has_twin
 from expertflow.simulator.compiled.state import KINDS, MISSES
 from expertflow.simulator.compiled.tapes import asked, tape_of
@@ -205,3 +205,17 @@ def test_compiled_stack_distances_are_the_plain_ones_beyond_one_ring():
         stack_hits(ptr, keys, counted, 40).tolist()
         == _plain_stack_hits(ptr, keys, counted, 40).tolist()
     )
+
+
+def test_one_lru_alone_finds_what_the_curve_says_of_it():
+    for seed in range(40):
+        dice = Dice(seed)
+        events = [sorted(dice.some(range(70), 1 + dice.below(6))) for _ in range(300)]
+        ptr = np.cumsum([0, *map(len, events)]).astype(np.int64)
+        keys = np.asarray([key for event in events for key in event], dtype=np.int32)
+        counted = np.arange(len(events)) % 4 > 0
+
+        curve = stack_hits(ptr, keys, counted, 70)
+
+        for slots in (6, 7, 30, 64, 70):
+            assert lru_hits(ptr, keys, counted, 70, slots) == curve[slots]
