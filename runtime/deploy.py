@@ -23,7 +23,10 @@ from ..tracer.prompts import (
     tokenize,
 )
 from ..tracer.quantities import LinkSpec, format_bytes
+from ..tracer.types import ModelShape
 from .machine import Machine, generate_all
+from .paths.files import load_predictor
+from .paths.model import PathModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class RunRequest:
     threads: int | None = None
     pin: bool = True
     check_text: bool = True
+    paths: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,17 @@ def require_room(spec: PolicySpec, prepared: Prepared) -> None:
         )
 
 
+def path_predictor(
+    folder: Path | None, device: torch.device, shape: ModelShape
+) -> PathModel | None:
+    """The path predictor in a folder, on a device. Raises InputError, PolicyError if it is for another shape."""
+    if folder is None:
+        return None
+    model, card = load_predictor(folder, device)
+    check_shape(card.shape, shape)
+    return model
+
+
 def reference_text(
     prepared: Prepared, request: RunRequest, say: Callable[[str], None]
 ) -> list[Generated] | None:
@@ -132,6 +147,7 @@ def deploy(policy: PolicyFile, request: RunRequest, *, say: Callable[[str], None
         tier=prepared.tier,
         pin=request.pin,
         trace_id=policy.trace,
+        paths=path_predictor(request.paths, prepared.device, policy.shape),
     )
     try:
         record, outputs = machine.run(

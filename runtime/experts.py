@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..simulator.policy.base import NO_SIGNALS, Demand, Signals
+from ..simulator.policy.base import NO_PATH, NO_SIGNALS, Demand, Signals
 from ..tracer.hooks import ExpertLayer, gate_choice, stock_function
 from ..tracer.slotwise import SlotCompute, combine
 
@@ -99,7 +99,8 @@ class OffloadedExperts:
             gate = session.gate(self._layer + ahead)
             if gate is not None:
                 found[ahead] = gate_choice(gate, hidden_states, session.shape.top_k).tolist()
+        path = NO_PATH if session.paths is None else session.paths.ahead(self._layer)
         if session.reads_routing and session.tokens is not None:
             tokens = session.tokens
-            return Signals(found, chosen.tolist(), tokens.sequence, tokens.token_id)
-        return Signals(found) if found else NO_SIGNALS
+            return Signals(found, chosen.tolist(), tokens.sequence, tokens.token_id, path)
+        return Signals(found, path=path) if found or path else NO_SIGNALS

@@ -22,6 +22,7 @@ from ..tracer.probe import machine_name, provenance
 from ..tracer.prompts import batches
 from ..tracer.quantities import LinkSpec
 from ..tracer.types import Origin
+from .paths.model import PathModel
 from .session import Session
 
 _WARM_UP_TOKENS = 3
@@ -31,7 +32,7 @@ class Machine:
     """One loaded model on one device, ready to run under any policy.
 
     Making it packs the experts and empties the model's own expert weights; run what needs the resident
-    model before.
+    model before. `paths` is a path predictor on the same device, for policies that ask one.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class Machine:
         tier: Tier = "ram",
         pin: bool = True,
         trace_id: str = "",
+        paths: PathModel | None = None,
     ) -> None:
         self.loaded = loaded
         self.device = device
         self.link = link
         self.trace_id = trace_id
+        self.paths = paths
         self.blocks = HostBlocks(
             loaded.layers, tier=tier, pin=pin and device.type == "cuda" and tier == "ram"
         )
@@ -70,7 +73,9 @@ class Machine:
     @contextmanager
     def session(self, spec: PolicySpec) -> Iterator[Session]:
         """The model under a policy, while the context is open."""
-        session = Session(self.loaded, self.blocks, spec, self.device, link=self.link)
+        session = Session(
+            self.loaded, self.blocks, spec, self.device, link=self.link, paths=self.paths
+        )
         try:
             yield session
         finally:
@@ -150,6 +155,7 @@ class Machine:
             slots=slots,
             kv_cache=min(kv_bytes, peak),
             activations=max(0, peak - kv_bytes),
+            predictor=_predictor_bytes(self.paths) if "paths" in spec.needs() else 0,
         )
 
     def _generate(
@@ -228,6 +234,10 @@ def _sequence_times(prompts: Sequence[Prompt], outputs: Sequence[Generated]) -> 
     return [
         SequenceTimes(one.sequence, lengths[one.sequence], tuple(one.token_s)) for one in outputs
     ]
+
+
+def _predictor_bytes(model: PathModel | None) -> int:
+    return 0 if model is None else sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _parameter_bytes(loaded: LoadedModel) -> int:

@@ -28,6 +28,8 @@ from ..tracer.quantities import LinkSpec
 from ..tracer.timing import StepInfo, StepTimer, step_timer
 from ..tracer.types import ModelShape
 from .experts import OffloadedExperts
+from .paths.live import LivePaths
+from .paths.model import PathModel
 from .store import ExpertStore
 
 _FORGET_EVERY = 64
@@ -38,8 +40,9 @@ class Session:
     """Runs `loaded` under `spec` until closed. The blocks outlive it, so policies can be compared.
 
     Implements tracer.generate.StepObserver. Without `keep_log` only counters are kept, for sessions that
-    live long. Raises PolicyError if the policy was made for another shape,
-    UsageError if it needs the future or gates the model does not have.
+    live long. `paths` is a trained path predictor, for policies that ask one. Raises PolicyError if the policy was
+    made for another shape, UsageError if it needs the future, gates the model does not have, or a predictor that is
+    not given.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Session:
         *,
         link: LinkSpec | None = None,
         keep_log: bool = True,
+        paths: PathModel | None = None,
     ) -> None:
         self.shape: ModelShape = loaded.shape
         self.implementation = loaded.implementation
@@ -65,6 +69,7 @@ class Session:
             )
         self._gates = [layer.gate for layer in loaded.layers]
         self.lookahead = self._lookahead_depth(spec)
+        self.paths = self._live_paths(spec, paths)
         self.store = ExpertStore(blocks, spec.slots, device, self.timer.now, link=link)
         self._step = -1
         self._is_prefill = True
@@ -91,6 +96,8 @@ class Session:
         self._is_prefill = info.phase == "prefill"
         self.tokens = tokens
         self.timer.begin(info)
+        if self.paths is not None and tokens is not None:
+            self.paths.begin(tokens, info.batch)
 
     def end_step(self) -> float:
         """A forward pass has ended; returns its seconds."""
@@ -142,6 +149,30 @@ class Session:
         """Give the model its stock experts function back and stop copying."""
         self._restore()
         self.store.close()
+        if self.paths is not None:
+            self.paths.close()
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the policy wants to know which tokens are fed."""
+        return self.reads_routing or self.paths is not None
+
+    def _live_paths(self, spec: PolicySpec, model: PathModel | None) -> LivePaths | None:
+        if "paths" not in spec.needs():
+            return None
+        if model is None:
+            raise UsageError(
+                f"predictor {spec.predictor.name!r} needs a trained path predictor: `deploy POLICY --paths DIR`, or "
+                "offload(…, paths=DIR). Make one with `expertflow-trace train-predictor TRACE --out DIR`."
+            )
+        wanted = (self.shape.num_moe_layers, self.shape.num_experts, self.shape.top_k)
+        got = (model.shape.num_layers, model.shape.num_experts, model.shape.top_k)
+        if got != wanted:
+            raise UsageError(
+                f"The path predictor is for (layers, experts, top-k) {got}, but {self.shape.model_id} has {wanted}. "
+                "Train one on a trace of this model."
+            )
+        return LivePaths(model, 2 * self.shape.top_k)
 
     def _lookahead_depth(self, spec: PolicySpec) -> int:
         if spec.lookahead_depth == 0:

@@ -14,7 +14,7 @@ from .judge import Judge, judge_of
 from .pareto import pareto
 from .policy.spec import PolicySpec, make_spec
 from .result import Result, Sensitivity, Tuning
-from .space import Budget, Point, grid
+from .space import Budget, Point, grid, rival_points
 
 _TIE = 0.01
 """Policies nearer than this share of tokens/s are as good as each other, and the plainest is chosen."""
@@ -97,7 +97,8 @@ def tune(
     chosen policy is then given what the whole trace teaches. Where no budget meets the goals the fastest of the
     last one is returned, and `tuning.meets_goals` is false.
     """
-    judge = judge_of(forecaster, with_curves=True)
+    lessons = {need for point in _points(forecaster, budgets[0]) for need in point.needs}
+    judge = judge_of(forecaster, with_curves=True, lessons=lessons)
     tried: Tried = []
     count, budget = 0, budgets[0]
     for budget in budgets:
@@ -135,7 +136,9 @@ def tune(
         tried=count,
     )
     words = explain(candidates, tuning, forecaster, str(goals))
-    final = judge_of(forecaster, with_curves=True, learn_from_all=True).spec(point)
+    final = judge_of(forecaster, with_curves=True, lessons=point.needs, learn_from_all=True).spec(
+        point
+    )
     return Choice(final, predicted, replace(tuning, explanation=words))
 
 
@@ -147,7 +150,8 @@ def runs_of(forecaster: Forecaster, budgets: Sequence[Budget]) -> int:
 
 
 def _points(forecaster: Forecaster, budget: Budget) -> list[Point]:
-    return grid(builtin_space(forecaster.workload, forecaster.costs, [budget]))
+    space = builtin_space(forecaster.workload, forecaster.costs, [budget])
+    return [*grid(space), *rival_points(space)]
 
 
 def _predict_all(judge: Judge, budget: Budget, advance: Callable[[int], None]) -> Tried:

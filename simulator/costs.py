@@ -190,6 +190,20 @@ class CostModel:
         copy_s = link.copy_s(self.expert_bytes)
         return replace(self, copy_s=copy_s, busy_copy_s=copy_s)
 
+    def with_predictor_latency(self, latency_s: float, *, has_gates: bool = False) -> CostModel:
+        """Charge a predictor's time for every event: beside gates applied early, or in place of them.
+
+        Asking for prefetches costs what it did.
+        """
+
+        def charged(costs: PhaseCosts) -> PhaseCosts:
+            event_s, token_s, load_s = costs.lookahead.weights
+            gates = (event_s, token_s) if has_gates else (0.0, 0.0)
+            weights = (gates[0] + latency_s, gates[1], load_s)
+            return replace(costs, lookahead=replace(costs.lookahead, weights=weights))
+
+        return replace(self, prefill=charged(self.prefill), decode=charged(self.decode))
+
     def scaled(self, *, link: float = 1.0, compute: float = 1.0) -> CostModel:
         """The same machine with every copy, or all computation, so many times as slow."""
 

@@ -125,7 +125,7 @@ def _sensitivity_lines(tuning: Tuning) -> list[str]:
     if worst is None:
         return []
     if worst.loss < _NOT_WORTH_IT:
-        return ["The choice holds if link or computation are 10 % slower or faster than measured."]
+        return ["The choice holds if link or computation are 10 % slower or faster than assumed."]
     return [
         f"The choice hangs on the machine: with the {worst.change}, {worst.best} would be best and this one "
         f"{worst.loss:.1%} slower. Measure more closely, or take the other."
@@ -136,7 +136,7 @@ def _origin_lines(forecaster: Forecaster) -> list[str]:
     lines: list[str] = []
     if forecaster.is_declared:
         lines.append(
-            f"The machine is declared ({forecaster.device}), not measured: read the order, not the speed."
+            f"This machine is not measured: {forecaster.device}; read the order, not the speed."
         )
     elif forecaster.decision_is_measured:
         lines.append("The machine's costs were calibrated with the runtime itself.")

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Iterable, Sequence
 
 from .costs import CostModel
-from .policy.registry import FAMILIES, Registry
+from .lessons import has_token_ids
+from .policy.base import LESSONS
+from .policy.registry import FAMILIES, Registry, predictors
 from .space import DEFAULTS, Budget, Option, Space
 from .workload import Workload
 
@@ -17,7 +19,7 @@ BUDGETS = ("0.125", "0.25", "0.5", "0.75")
 def lacking(needs: Iterable[str], workload: Workload, costs: CostModel) -> str:
     """What is missing for `needs`, and how to get it; empty if nothing is.
 
-    What a trace always teaches (routing, popularity, curves) and the future, which a simulator knows, are
+    What a trace always teaches (routing, popularity, curves, most lessons) and the future, which a simulator knows, are
     never missing.
     """
     missing = {
@@ -33,6 +35,15 @@ def lacking(needs: Iterable[str], workload: Workload, costs: CostModel) -> str:
             costs.cpu_times() is None,
             "CPU times of an expert, which nobody measured or declared for this machine",
         ),
+        "paths": (
+            workload.rows.path is None,
+            "predicted paths of this trace; train a path predictor and give its folder with --paths",
+        ),
+        "token_table": (
+            not has_token_ids(workload),
+            "token ids, which the trace did not record",
+        ),
+        **{need: (False, "") for need in LESSONS if need != "token_table"},
         "routing": (False, ""),
         "popularity": (False, ""),
         "curves": (False, ""),
@@ -56,12 +67,25 @@ def builtin_space(
     budgets: Sequence[Budget],
     links: Sequence[str | None] = (None,),
 ) -> Space:
-    """Every lossless member that can be deployed and fed, at each budget; bounds beside them."""
+    """Every lossless member that can be deployed and fed, at each budget; rivals and bounds beside them.
+
+    Predictors that only infer (from what was routed, or is popular) are rivals, with default parameters: combining
+    each with all allocations would take longer than it tells.
+    """
+    members = {family.kind: _options(family, workload, costs) for family in FAMILIES}
     return Space(
         budgets=tuple(budgets),
         links=tuple(links),
-        members={family.kind: _options(family, workload, costs) for family in FAMILIES},
+        members={
+            **members,
+            "predictor": tuple(o for o in members["predictor"] if not _only_infers(o)),
+        },
+        rivals=tuple(o for o in members["predictor"] if _only_infers(o)),
     )
+
+
+def _only_infers(predictor: Option) -> bool:
+    return bool(predictors.get(predictor.name).needs & {"routing", "popularity", *LESSONS})
 
 
 def _options(family: Registry, workload: Workload, costs: CostModel) -> tuple[Option, ...]:

@@ -20,8 +20,11 @@ from .bounds import clairvoyant
 from .costs import CostModel, as_one_walk, fit_costs
 from .engine import simulate
 from .engines import run
+from .lessons import has_token_ids
 from .machine import MachineFile
+from .paths import PathCosts
 from .policy.future import Future
+from .policy.registry import predictors
 from .policy.spec import Member, PolicySpec, check_shape
 from .result import Bounds, PrefetchWorth, Result
 from .serving import Serving
@@ -39,7 +42,7 @@ class Forecaster:
     `decision_is_measured` says that the rows behind `costs` hold the policy's time already; otherwise each
     policy's own code is timed here, on this machine, before it is charged; once for each set of members, so that
     predictions differ by the policies and not by the minute (`decisions_s`). `is_declared` says that nobody
-    measured this machine.
+    measured this machine. `path_costs` is the path predictor's own time, charged to policies that use it.
     """
 
     workload: Workload
@@ -55,6 +58,7 @@ class Forecaster:
     provenance: Provenance
     warnings: tuple[str, ...] = ()
     decisions_s: dict[tuple[str, ...], float] = field(default_factory=dict, compare=False)
+    path_costs: PathCosts | None = None
 
     def predict(
         self, spec: PolicySpec, *, with_bounds: bool = True, serving: Serving | None = None
@@ -67,6 +71,10 @@ class Forecaster:
         source: Workload | Source = self.workload
         context = self._context(spec)
         if serving is not None:
+            if "paths" in spec.needs():
+                raise UsageError(
+                    f"predictor {spec.predictor.name!r} follows the recorded batches only; leave --arrivals out."
+                )
             # A closed loop does not depend on the clock: its batches are known ahead, bounds and all.
             source = serving.closed_workload() if serving.is_closed else serving
             context = replace(
@@ -97,6 +105,11 @@ class Forecaster:
             )
         )
         return worth_of(result, without, perfect)
+
+    def charging(self, spec: PolicySpec) -> Forecaster:
+        """Predictions that charge every policy the decision time of `spec`, so that they differ by what is decided."""
+        costs = self._with_decisions(spec)
+        return replace(self, costs=costs, decision_is_measured=True)
 
     def record(self, spec: PolicySpec) -> RunRecord:
         """The raw rows of a prediction, decision log included (by the reference engine)."""
@@ -154,6 +167,16 @@ class Forecaster:
                 f"cache {spec.cache.name!r} needs gate weights, but the trace did not record them. "
                 "Trace again with --weights."
             )
+        if "token_table" in spec.needs() and not has_token_ids(self.workload):
+            raise UsageError(
+                f"predictor {spec.predictor.name!r} needs token ids, but the trace did not record them."
+            )
+        if "paths" in spec.needs() and self.workload.rows.path is None:
+            raise UsageError(
+                f"predictor {spec.predictor.name!r} needs predicted paths: the folder of a trained path predictor "
+                "(--paths DIR, made with `expertflow-trace train-predictor TRACE --out DIR`), and the batches of a "
+                "recorded trace (--arrivals regroups them)."
+            )
         if "cpu_times" in spec.needs() and not self.costs.has_cpu:
             raise UsageError(
                 f"misses {spec.misses.name!r} needs the time of an expert on the CPU, which nobody measured "
@@ -161,6 +184,29 @@ class Forecaster:
             )
 
     def _charged(self, spec: PolicySpec) -> CostModel:
+        costs = self._with_decisions(spec)
+        if self.path_costs is not None and "paths" in spec.needs():
+            return self.path_costs.charged(costs, self._predictor_s(spec))
+        if not spec.predicts:
+            return costs
+        latency_s = float(spec.predictor.params.get("latency_s", 0.0)) + self._predictor_s(spec)
+        return costs.with_predictor_latency(latency_s, has_gates="lookahead" in spec.needs())
+
+    def _predictor_s(self, spec: PolicySpec) -> float:
+        """The predictor's own time by event, where the rows behind `costs` do not hold it.
+
+        Those of a calibrated machine were measured with gates applied early; others are timed here. On a declared
+        machine no decision is charged. Predictors that know the future take no time but what they declare.
+        """
+        needs = predictors.get(spec.predictor.name).needs
+        if not self.decision_is_measured or self.is_declared or needs & {"lookahead", "future"}:
+            return 0.0
+        name = ("predictor", str(spec.predictor))
+        if name not in self.decisions_s:
+            self.decisions_s[name] = measure_predictor_s(self.workload, spec)
+        return self.decisions_s[name]
+
+    def _with_decisions(self, spec: PolicySpec) -> CostModel:
         if self.decision_is_measured:
             return self.costs
         members = tuple(str(member) for member in spec.members.values())
@@ -271,6 +317,18 @@ def measure_decision_s(workload: Workload, spec: PolicySpec, shape: ModelShape) 
         core.release(step.step, event.layer)
         for load in loads:
             core.loaded(step.step, load.key)
+        seconds.append(time.perf_counter() - began)
+    return _trimmed_mean(seconds)
+
+
+def measure_predictor_s(workload: Workload, spec: PolicySpec) -> float:
+    """Time a predictor's own code on the first events: mean seconds per event on this machine."""
+    predictor = predictors.build(spec.predictor.name, dict(spec.predictor.params))
+    seconds: list[float] = []
+    for _, number in itertools.islice(workload.walk(), _TIMED_EVENTS):
+        signals = workload.signals(number, spec.lookahead_depth, routed=spec.reads_routing)
+        began = time.perf_counter()
+        predictor.predict(int(workload.layer[number]), signals)
         seconds.append(time.perf_counter() - began)
     return _trimmed_mean(seconds)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..tracer.errors import ExpertFlowError, UsageError
 from ..tracer.records import to_json
@@ -15,7 +16,10 @@ from ..tracer.store import Trace
 from .feasible import lacking
 from .forecast import Forecaster, forecaster
 from .hardware import machine_of, parse_cpu_expert, parse_link
+from .lessons import lessons_of
 from .machine import MachineFile, read_machine
+from .paths import judged_on_paths
+from .policy.base import LESSONS
 from .policy.registry import FAMILIES, Registry
 from .policy.spec import Member, PolicySpec, make_spec
 from .result import Result
@@ -32,13 +36,14 @@ DEFAULT_LINK = "pcie4x16"
 class Judge:
     """Predicts points on the judging half of a trace.
 
-    `curves` are there if a member needs them. `is_held_out` is false where a single batch had to serve for
-    learning and judging.
+    `curves` and `lessons` are there if a member needs them. `is_held_out` is false where a single batch had to serve
+    for learning and judging.
     """
 
     forecaster: Forecaster
     popularity: Sequence[Sequence[int]]
     curves: Sequence[Sequence[int]] | None = None
+    lessons: Mapping[str, Any] = field(default_factory=dict)
     is_held_out: bool = True
 
     def predict(self, point: Point) -> Row:
@@ -104,8 +109,11 @@ class Judge:
                     f"{kind} {member.name!r} at depth {depth} needs look-ahead ids that deep, but the "
                     f"trace recorded {workload.lookahead}. Trace again with --lookahead {depth}."
                 )
-            if needs <= {"lookahead", "gate_weights", "routing"}:
-                _build(families[kind], member)
+            taught = {
+                need: self.lessons[need] for need in LESSONS if need in needs & self.lessons.keys()
+            }
+            if needs <= {"lookahead", "gate_weights", "routing", *taught}:
+                _build(families[kind], replace(member, params={**taught, **member.params}))
 
     def _behind(self, link: str | None) -> Forecaster:
         if link is None:
@@ -130,6 +138,7 @@ class Judge:
             popularity=self.popularity,
             curves=self.curves,
             cpu_times=ready.costs.cpu_times(),
+            lessons=self.lessons,
         )
         asked = {
             kind: replace(spec.members[kind], params={**spec.members[kind].params, **member.params})
@@ -150,17 +159,21 @@ class Opening:
     link: str | None = None
     cpu_expert: str | None = None
     with_curves: bool = False
+    lessons: tuple[str, ...] = ()
+    paths: Path | None = None
 
     def judge(self) -> Judge:
         """Read the trace and the machine, and learn."""
-        return judge_of(self.forecaster(), with_curves=self.with_curves)
+        return judge_of(self.forecaster(), with_curves=self.with_curves, lessons=self.lessons)
 
     def forecaster(self) -> Forecaster:
         """Read the trace and the machine. Raises UsageError for machines that contradict each other."""
         opened = Trace.open(self.trace)
         # A declared machine is made with its link; others may be put behind a declared one.
-        link = parse_link(self.link) if self.link and self.gpu is None else None
+        link = parse_link(self.link) if self.link is not None and self.gpu is None else None
         ready = forecaster(opened, link=link, machine=self._machine(opened))
+        if self.paths is not None:
+            ready = judged_on_paths(ready, self.paths)
         if self.cpu_expert is None:
             return ready
         return replace(
@@ -180,10 +193,15 @@ class Opening:
 
 
 def judge_of(
-    ready: Forecaster, *, with_curves: bool = False, learn_from_all: bool = False
+    ready: Forecaster,
+    *,
+    with_curves: bool = False,
+    lessons: Iterable[str] = (),
+    learn_from_all: bool = False,
 ) -> Judge:
     """Learn on half of the batches of a forecaster's workload, to judge on the others.
 
+    `lessons` are the tables to learn (policy.base.LESSONS); others are left out.
     With `learn_from_all` learn from all of them: for the policy that is deployed, once it has been chosen.
     """
     learn, judged = split_by_batch(ready.workload)
@@ -193,6 +211,7 @@ def judge_of(
         forecaster=replace(ready, workload=judged),
         popularity=learn.popularity(),
         curves=_curves(learn) if with_curves else None,
+        lessons=lessons_of(learn, lessons),
         is_held_out=judged is not learn,
     )
 

@@ -10,7 +10,7 @@ def result_rows(result: Result) -> list[tuple[str, str]]:
     """Names and values of a result, units in the value."""
     bounds, prefetch = result.bounds, result.prefetch
     rows = [
-        ("source", result.source),
+        ("source", f"{result.source}, {result.engine} engine" if result.engine else result.source),
         ("throughput", f"{result.tokens_per_s:.1f} tokens/s (batch {result.batch_size})"),
         ("first token", _latency(result.ttft)),
         ("per token", _latency(result.tpot)),

@@ -94,13 +94,13 @@ class MemoryResult:
     kv_cache: int
     activations: int
     staging: int = 0
+    predictor: int = 0
 
     @property
     def peak_device_bytes(self) -> int:
         """Sum over the classes: what the run needs at its worst moment."""
-        return (
-            self.non_expert_weights + self.slots + self.kv_cache + self.activations + self.staging
-        )
+        known = self.non_expert_weights + self.slots + self.kv_cache + self.activations
+        return known + self.staging + self.predictor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,14 +62,16 @@ class Option:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """Every combination of budget, link and one member per family, and the bounds beside them.
+    """Every combination of budget, link and one member per family, and the rivals and bounds beside them.
 
-    `budgets` as a Range is in slots. `members` is by family. A link of None is the machine's own.
+    `budgets` as a Range is in slots. `members` is by family. A link of None is the machine's own. `rivals` are
+    predictors that are tried with every cache at the listed budgets, and with the plainest of all else.
     """
 
     budgets: tuple[Budget, ...] | Range
     members: Mapping[str, tuple[Option, ...]]
     links: tuple[str | None, ...] = (None,)
+    rivals: tuple[Option, ...] = ()
     bounds: bool = True
 
     def size(self) -> int | None:
@@ -135,6 +137,21 @@ def grid(space: Space) -> list[Point]:
     )
 
 
+def rival_points(space: Space) -> list[Point]:
+    """The rivals of a space, which has only so many predictors in its grid lest it explode."""
+    if isinstance(space.budgets, Range):
+        return []
+    plain = {kind: Member(name=name) for kind, name in DEFAULTS.items()}
+    pairs = itertools.product(_expanded(space.members["cache"]), _expanded(space.rivals))
+    members = [{**plain, "cache": cache, "predictor": predictor} for cache, predictor in pairs]
+    return _distinct(
+        Point(budget=budget.text, slots=budget.slots, link=link, members=found)
+        for budget in space.budgets
+        for link in space.links
+        for found in members
+    )
+
+
 def bound_points(space: Space) -> list[Point]:
     """Members that know the future, one family at a time, at the listed budgets.
 
@@ -149,6 +166,14 @@ def bound_points(space: Space) -> list[Point]:
         for link in space.links
         for members in bounds
     )
+
+
+def _expanded(options: Iterable[Option]) -> list[Member]:
+    return [member for option in options if _is_listed(option) for member in expand(option)]
+
+
+def _is_listed(option: Option) -> bool:
+    return not any(isinstance(v, Range) and v.is_continuous for v in option.params.values())
 
 
 def expand(option: Option) -> list[Member]:
@@ -166,7 +191,7 @@ def expand(option: Option) -> list[Member]:
 
 def corners(space: Space) -> Iterator[tuple[str, Member]]:
     """Every member with each parameter at what is listed, or at both ends of its range; and its family."""
-    for kind, options in space.members.items():
+    for kind, options in (*space.members.items(), ("predictor", space.rivals)):
         for option in options:
             ends = {
                 name: (values.low, values.high) if isinstance(values, Range) else values
@@ -179,7 +204,8 @@ def corners(space: Space) -> Iterator[tuple[str, Member]]:
 def _bound_members() -> Iterator[dict[str, Member]]:
     for family in FAMILIES:
         for name in family.names():
-            if "future" not in family.get(name).needs:
+            member = family.get(name)
+            if "future" not in member.needs or getattr(member, "is_hypothetical", False):
                 continue
             for allocation in _plain_allocations() if family.kind == "cache" else ("equal",):
                 names = DEFAULTS | {"allocation": allocation, family.kind: name}

@@ -16,6 +16,7 @@ from ..tracer.errors import ExpertFlowError, InputError, UsageError
 from ..tracer.types import ModelShape
 from .budget import parse_budget
 from .hardware import parse_link
+from .policy.base import LESSONS
 from .policy.registry import FAMILIES, Registry
 from .space import Budget, Option, Range, Space, Values
 from .sweep_row import OBJECTIVES
@@ -28,7 +29,7 @@ _PLURAL = {
     "scheduler": "schedulers",
     "misses": "misses",
 }
-_LEARNED = ("popularity", "curves", "future")
+_LEARNED = ("popularity", "curves", *LESSONS, "future")
 """Parameters that a trace teaches and nobody types."""
 
 
@@ -88,7 +89,8 @@ def _space(table: Mapping[str, Any], shape: ModelShape, builtin: Space) -> Space
         if key in table:
             with _named(f"[space] {key}"):
                 members[family.kind] = tuple(_option(e, family) for e in _list(table[key]))
-    space = replace(builtin, members=members)
+    rivals = () if _PLURAL["predictor"] in table else builtin.rivals
+    space = replace(builtin, members=members, rivals=rivals)
     if "budgets" in table:
         with _named("[space] budgets"):
             space = replace(space, budgets=_budgets(table["budgets"], shape))

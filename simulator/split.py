@@ -12,17 +12,22 @@ from .workload import Workload
 
 
 def split_by_batch(workload: Workload) -> tuple[Workload, Workload]:
-    """Learn on even batches, judge on odd ones. With a single batch both are that batch.
-
-    A batch starts with a prefill step or, where no prompts were recorded, with sequences not seen before.
-    """
-    batch = np.cumsum(_starts_batch(workload)) - 1
+    """Learn on even batches, judge on odd ones. With a single batch both are that batch."""
+    batch = batch_numbers(workload)
     if batch[-1] < 1:
         return workload, workload
     return (
         workload.select(np.flatnonzero(batch % 2 == 0)),
         workload.select(np.flatnonzero(batch % 2 == 1)),
     )
+
+
+def batch_numbers(workload: Workload) -> np.ndarray:
+    """The batch of each step, from 0.
+
+    A batch starts with a prefill step or, where no prompts were recorded, with sequences not seen before.
+    """
+    return np.cumsum(_starts_batch(workload)) - 1
 
 
 def _starts_batch(workload: Workload) -> np.ndarray:

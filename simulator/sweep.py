@@ -10,9 +10,10 @@ from ..tracer.records import to_json
 from .executors import Executor
 from .judge import Judge
 from .pareto import pareto
+from .policy.base import LESSONS
 from .policy.registry import FAMILIES
 from .search import search
-from .space import DEFAULTS, Point, Space, bound_points, grid
+from .space import DEFAULTS, Point, Space, bound_points, grid, rival_points
 from .space_file import Search
 from .sweep_folder import BestOf, MachineNote, SweepFile, SweepFolder
 from .sweep_row import OBJECTIVES, Row
@@ -23,7 +24,7 @@ EXHAUSTIVE = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will be tried. `points` are known beforehand: the whole grid, or the bounds beside a search."""
+    """What will be tried. `points` are known beforehand: the grid if it is walked; rivals and bounds in any case."""
 
     space: Space
     search: Search
@@ -53,18 +54,30 @@ def plan_of(space: Space, wanted: Search, *, trials: int | None = None, seed: in
         method = "grid" if size is not None and size <= limit else "optuna"
     points = grid(space) if method == "grid" else []
     listed = {point.key for point in points}
-    points += [point for point in bound_points(space) if point.key not in listed]
+    beside = [*rival_points(space), *bound_points(space)]
+    points += [point for point in beside if point.key not in listed]
     return Plan(space=space, search=wanted, method=method, points=tuple(points), seed=seed)
 
 
 def needs_curves(space: Space) -> bool:
     """Whether a member of the space learns from hit curves."""
+    return "curves" in _needs(space)
+
+
+def needed_lessons(space: Space) -> tuple[str, ...]:
+    """Tables that members of the space learn from a trace."""
+    needs = _needs(space)
+    return tuple(need for need in LESSONS if need in needs)
+
+
+def _needs(space: Space) -> set[str]:
     families = {family.kind: family for family in FAMILIES}
-    return any(
-        "curves" in families[kind].get(option.name).needs
-        for kind, options in space.members.items()
+    members = [
+        families[kind].get(option.name)
+        for kind, options in (*space.members.items(), ("predictor", space.rivals))
         for option in options
-    )
+    ]
+    return {need for member in members for need in member.needs}
 
 
 def document_of(judge: Judge, plan: Plan) -> SweepFile:

@@ -6,8 +6,10 @@ of them as an object to those who walk it slowly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -15,7 +17,10 @@ from ..tracer.errors import TraceError
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.store import NO_EXPERT, RoutingArrays, Trace
 from ..tracer.types import ExpertKey, Phase
-from .policy.base import Facts, Signals
+from .policy.base import NO_PATH, Facts, Signals
+
+if TYPE_CHECKING:
+    from .paths import PathTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,9 @@ class Rows:
 
     `experts` [rows, top_k]; `sequence` [rows]; `weights` [rows, top_k] or None; `lookahead[d]` [rows, top_k] with
     NO_EXPERT where there is no layer to look at; `is_pad` [rows], None if no row is padding; `token` [rows], the ids
-    of the tokens fed in, None if they were not recorded.
+    of the tokens fed in, None if they were not recorded; `position` [rows] in their sequence, −1 for padding. `path`
+    [rows, m] are the experts a path predictor names for the row's own layer, likeliest first, NO_EXPERT where it
+    names none; None if there is no such predictor.
     """
 
     experts: np.ndarray
@@ -54,6 +61,8 @@ class Rows:
     lookahead: Mapping[int, np.ndarray] = field(default_factory=dict)
     is_pad: np.ndarray | None = None
     token: np.ndarray | None = None
+    position: np.ndarray | None = None
+    path: np.ndarray | None = None
 
     def take(self, places: np.ndarray) -> Rows:
         """The rows at `places`."""
@@ -64,6 +73,8 @@ class Rows:
             lookahead={depth: ids[places] for depth, ids in self.lookahead.items()},
             is_pad=None if self.is_pad is None else self.is_pad[places],
             token=None if self.token is None else self.token[places],
+            position=None if self.position is None else self.position[places],
+            path=None if self.path is None else self.path[places],
         )
 
 
@@ -83,7 +94,7 @@ class Steps:
         return len(self.number)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Workload:
     """A whole replay.
 
@@ -140,7 +151,7 @@ class Workload:
         return EventDemand(int(self.layer[number]), experts, Facts(is_prefill, counts, weights))
 
     def signals(self, number: int, depth: int, *, routed: bool = False) -> Signals:
-        """What a predictor may know at one event: look-ahead to `depth`, and the tokens' own routing."""
+        """What a predictor may know at one event: look-ahead to `depth`, paths, and the tokens' own routing."""
         first, last = self.row_ptr[number : number + 2].tolist()
         layer = int(self.layer[number])
         ahead = {
@@ -148,14 +159,16 @@ class Workload:
             for d in range(1, depth + 1)
             if d in self.rows.lookahead and layer + d < self.num_layers
         }
+        path = NO_PATH if self.rows.path is None else _PathAhead(self, number)
         if not routed:
-            return Signals(ahead)
+            return Signals(ahead, path=path)
         rows = self.rows
         return Signals(
             ahead,
-            rows.experts[first:last].tolist(),
+            _chosen(rows.experts[first:last]),
             rows.sequence[first:last].tolist(),
             () if rows.token is None else rows.token[first:last].tolist(),
+            path,
         )
 
     def events(self) -> list[tuple[ExpertKey, ...]]:
@@ -173,8 +186,11 @@ class Workload:
 
     def keys(self) -> np.ndarray:
         """Demanded experts as layer × num_experts + expert, aligned with `experts`."""
-        layers = np.repeat(self.layer.astype(np.int32), np.diff(self.ptr))
-        return layers * np.int32(self.num_experts) + self.experts
+        found = _KEYS.get(self)
+        if found is None:
+            layers = np.repeat(self.layer.astype(np.int32), np.diff(self.ptr))
+            found = _KEYS[self] = layers * np.int32(self.num_experts) + self.experts
+        return found
 
     def popularity(self) -> list[list[int]]:
         """Demands of each expert by layer: counts[layer][expert] over all events."""
@@ -217,12 +233,45 @@ class Workload:
             prompt_tokens={s: n for s, n in self.prompt_tokens.items() if s in present},
         )
 
+    def with_paths(self, table: PathTable) -> Workload:
+        """The same with what a path predictor says of its tokens. Raises TraceError without their positions."""
+        if self.rows.position is None:
+            raise TraceError("These rows do not say where in their sequence each token stands.")
+        layer = np.repeat(self.layer, np.diff(self.row_ptr))
+        path = table.at(self.rows.sequence, self.rows.position, layer)
+        return replace(self, rows=replace(self.rows, path=path))
+
     def walk(self) -> Iterator[tuple[StepDemand, int]]:
         """Steps and event numbers in order."""
         for place in range(len(self.steps)):
             step = self.step(place)
             for number in self.events_of(place):
                 yield step, number
+
+
+class _PathAhead(Mapping[int, Sequence[Sequence[int]]]):
+    """Predicted paths by layers ahead of one event, looked up when asked for."""
+
+    def __init__(self, workload: Workload, number: int) -> None:
+        step = int(np.searchsorted(workload.event_ptr, number, side="right"))
+        later = range(number + 1, int(workload.event_ptr[step]))
+        depths = workload.layer[later.start : later.stop] - workload.layer[number]
+        self._workload = workload
+        self._events = dict(zip(depths.tolist(), later, strict=True))
+
+    def __getitem__(self, depth: int) -> Sequence[Sequence[int]]:
+        rows, row_ptr, event = self._workload.rows, self._workload.row_ptr, self._events[depth]
+        assert rows.path is not None
+        return _predicted(rows.path[row_ptr[event] : row_ptr[event + 1]])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._events)
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+
+_KEYS: WeakKeyDictionary[Workload, np.ndarray] = WeakKeyDictionary()
 
 
 def ranges(bounds: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -235,6 +284,14 @@ def ranges(bounds: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 def _bounds(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+
+
+def _chosen(ids: np.ndarray) -> list[list[int]]:
+    """The experts of each token, without holes."""
+    is_real = ids != NO_EXPERT
+    if is_real.all():
+        return ids.tolist()
+    return [row[known].tolist() for row, known in zip(ids, is_real, strict=True)]
 
 
 def _predicted(ids: np.ndarray) -> list[list[int]]:
@@ -259,6 +316,7 @@ def workload_of(trace: Trace) -> Workload:
         lookahead={depth: ids[order] for depth, ids in found.lookahead.items()},
         is_pad=found.is_pad[order],
         token=found.token_id[order],
+        position=found.position[order],
     )
     prompts = trace.table("sequences", columns=["sequence", "prompt_tokens"]).to_pydict()
     return build_workload(

@@ -98,6 +98,18 @@ def test_the_readme_names_commands_that_exist():
     assert {"run", "tune", "deploy", "verify"} <= named
 
 
+@pytest.mark.parametrize(
+    ("row", "kind"), [("caches", "cache"), ("allocations", "allocation"), ("answers", "misses")]
+)
+def test_the_readme_lists_every_member(row, kind):
+    from expertflow.simulator.policy.registry import FAMILIES
+
+    family = next(family for family in FAMILIES if family.kind == kind)
+    (line,) = re.findall(rf"^\| {row}\b.*$", README, flags=re.MULTILINE)
+
+    assert sorted(re.findall(r"`(\w+)`", line)) == family.names()
+
+
 def test_files_the_readme_points_at_are_there():
     for path in re.findall(r"`((?:docs|traces|scripts|benchmarks)/[\w./-]+)`", README):
         if not path.startswith("traces/gpu"):

@@ -58,6 +58,15 @@ class NotValidatedError(ExpertFlowError):
 def unknown_name(what: str, got: str, known: Iterable[str]) -> UsageError:
     """Build the error for a name that is not registered, with the nearest one that is."""
     names = sorted(known)
-    near = difflib.get_close_matches(got, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return UsageError(f"Unknown {what} {got!r}. Known: {', '.join(names)}.{hint}")
+    near = nearest(got, names)
+    hint = f" Did you mean {near!r}?" if near else ""
+    return UsageError(f"Unknown {what} {got!r}. Known: {', '.join(names) or 'none'}.{hint}")
+
+
+def nearest(got: str, names: Iterable[str]) -> str:
+    """The name somebody may have meant: the first that goes on as `got` begins, or one that is close; or nothing."""
+    by_lower = {name.lower(): name for name in names}
+    word = got.strip().lower()
+    begun = [lower for lower in by_lower if len(word) > 2 and lower.startswith(word)]
+    near = begun[:1] or difflib.get_close_matches(word, by_lower, n=1)
+    return by_lower[near[0]] if near else ""

@@ -28,6 +28,13 @@ _ABOUT = (
     "Trace, simulate, tune, deploy and verify expert offloading for mixture-of-experts models.\n\n"
     "Run `expertflow-trace COMMAND --help` for one command."
 )
+_WRONG_PATH = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 _EXTRA_OF = {
     "torch": "model",
     "transformers": "model",
@@ -35,6 +42,9 @@ _EXTRA_OF = {
     "psutil": "model",
     "streamlit": "dashboard",
     "plotly": "dashboard",
+    "numba": "fast",
+    "optuna": "sweep",
+    "ray": "ray",
 }
 
 
@@ -202,6 +212,8 @@ def _explain(error: Exception, is_debug: bool) -> tuple[str, int]:
         return "Out of memory. Use a smaller batch, fewer prompts or a smaller model.", 4
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full: {error}. Free some space or choose another --out.", 4
+    if isinstance(error, _WRONG_PATH) and error.filename:
+        return f"{error.filename} cannot be used: {error.strerror}.", 3
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRA_OF:
         return str(_lacking(error.name)), 4
     words = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ _BYTES = {
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
 _SIZE = re.compile(rf"^{_NUMBER}\s*({'|'.join(_BYTES)})$")
+_DURATION = re.compile(rf"^{_NUMBER}\s*({'|'.join(_SECONDS)})$")
 _LINK = re.compile(
     rf"^{_NUMBER}\s*({'|'.join(_BYTES)})/s(?:\+{_NUMBER}\s*({'|'.join(_SECONDS)}))?$"
 )
@@ -29,12 +31,25 @@ _LINK = re.compile(
 def parse_bytes(text: str) -> int:
     """Bytes of a size such as `6GiB` or `512MB`. Raises UsageError."""
     match = _SIZE.match(text.strip())
-    if not match:
+    if not match or not math.isfinite(float(match[1])):
         raise UsageError(
             f"Size {text!r} is not understood; write a number and one of {', '.join(_BYTES)}, "
             "for example 6GiB."
         )
     return int(float(match[1]) * _BYTES[match[2]])
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of a duration such as `200us` or `1.5ms`; 0 needs no unit. Raises UsageError."""
+    match = _DURATION.match(text.strip())
+    if match and math.isfinite(float(match[1])):
+        return float(match[1]) * _SECONDS[match[2]]
+    if text.strip() == "0":
+        return 0.0
+    raise UsageError(
+        f"Duration {text!r} is not understood; write a number and one of {', '.join(_SECONDS)}, "
+        "for example 200us."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +64,7 @@ class LinkSpec:
     def parse(cls, text: str) -> LinkSpec:
         """Read a link. Raises UsageError."""
         match = _LINK.match(text.strip())
-        if not match or float(match[1]) <= 0:
+        if not match or not 0 < float(match[1]) < math.inf:
             raise UsageError(
                 f"Link {text!r} is not understood; write BANDWIDTH/s, and after a + the latency of "
                 "one copy if there is any, for example 8GB/s+10us."

@@ -125,6 +125,7 @@ def read_json(path: Path, error: type[InputError] = InputError) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: a reader sees the old file or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(to_json(value), indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

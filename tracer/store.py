@@ -236,7 +236,7 @@ def _has_label(column: pa.ChunkedArray, label: str) -> np.ndarray:
 
 
 def _require_finished(folder: Path) -> None:
-    partial = partial_path(folder) if folder.name else folder
+    partial = partial_path(folder) if folder.name else folder / ".partial"
     if (folder / MANIFEST).is_file() and folder.suffix != ".partial":
         return
     if (folder / HEADER).exists() or (folder / PARTS).exists() or folder.suffix == ".partial":

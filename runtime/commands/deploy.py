@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +38,9 @@ def deploy(
     link: EmulatedLink = None,
     tier: Tier = "ram",
     threads: Threads = None,
+    paths: Annotated[
+        Path | None, typer.Option(help="Folder of a path predictor, for predictor `path`.")
+    ] = None,
     no_pin: Annotated[bool, typer.Option("--no-pin", help="Do not page-lock host memory.")] = False,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not compare with the resident model's text.")
@@ -70,6 +74,7 @@ def deploy(
         threads=threads,
         pin=not no_pin,
         check_text=not no_check,
+        paths=paths,
     )
     chosen = read_policy(policy)
     result = run(chosen, request, say=say)

@@ -38,7 +38,7 @@ Lengths = Annotated[
 Prefill = Annotated[
     str | None, typer.Option(help="Prompts share passes (mixed, the default) or go first (first).")
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed of poisson arrivals; default: 0.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of poisson arrivals; default: 0.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,9 @@ def curve(
     scope: Annotated[
         str, typer.Option(help="layer: every layer has slots of its own; global: one pool for all.")
     ] = "layer",
-    out: Annotated[Path | None, typer.Option(help="Write the curves here as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the curves here as JSON.", dir_okay=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show how many slots are worth their memory: decode hit rate by size, r, and the floor.
@@ -28,9 +30,12 @@ def curve(
 
     Example: expertflow-trace curve traces/demo/trace --caches lru,arc,belady
     """
+    from ...tracer.errors import UsageError
     from ...tracer.records import to_json, write_json
     from ...tracer.store import Trace
     from ..capacity import SHARES, capacity_curve, lru_rates
+    from ..costs import free_machine
+    from ..feasible import lacking
     from ..policy.registry import caches as registry
     from ..scope import allocation_of
     from ..split import split_by_batch
@@ -38,10 +43,14 @@ def curve(
 
     allocation = allocation_of(scope)
     names = [name.strip() for name in caches.split(",") if name.strip()]
-    for name in names:
-        registry.get(name)
+    if not names:
+        raise UsageError(f"--caches names none; known: {', '.join(registry.names())}.")
+    needs = {name: registry.get(name).needs for name in names}
     opened = Trace.open(trace)
     workload = workload_of(opened)
+    for name in names:
+        if what := lacking(needs[name], workload, free_machine(opened.shape)):
+            raise UsageError(f"cache {name!r} needs {what}.")
     learn, judge = split_by_batch(workload)
     with progress("replaying", len(names) * len(SHARES), "sizes") as report:
         points = capacity_curve(

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def sweep(
     trace: TraceDir,
-    out: Annotated[Path, typer.Option(help="Folder for results.parquet and sweep.json.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.parquet and sweep.json.", file_okay=False)
+    ],
     space: Annotated[
         Path | None, typer.Option(help="A TOML of what to try; default: all that fits the trace.")
     ] = None,
@@ -43,7 +45,7 @@ def sweep(
         int | None,
         typer.Option(min=1, help="Search with Optuna where there are more points than this."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the search.")] = 0,
     fresh: Annotated[
         bool, typer.Option("--fresh/--resume", help="Throw away what OUT holds, or continue it.")
     ] = False,
@@ -84,7 +86,7 @@ def _prepared(
     from ..judge import judge_of
     from ..space import corners
     from ..space_file import Search, parse_budgets, parse_links, read_space
-    from ..sweep import needs_curves
+    from ..sweep import needed_lessons, needs_curves
 
     ready = opening.forecaster()
     shape = ready.shape
@@ -96,9 +98,9 @@ def _prepared(
         space = replace(space, budgets=parse_budgets(budgets, shape))
     if links:
         space = replace(space, links=parse_links(links))
-    with_curves = needs_curves(space)
-    opening = replace(opening, with_curves=with_curves)
-    judge = judge_of(ready, with_curves=with_curves)
+    with_curves, lessons = needs_curves(space), needed_lessons(space)
+    opening = replace(opening, with_curves=with_curves, lessons=lessons)
+    judge = judge_of(ready, with_curves=with_curves, lessons=lessons)
     try:
         judge.require(corners(space))
     except UsageError as error:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def tune(
     trace: TraceDir,
-    out: Annotated[Path, typer.Option(help="Where to write policy.json.")],
+    out: Annotated[Path, typer.Option(help="Where to write policy.json.", dir_okay=False)],
     budget: Annotated[
         str | None,
         typer.Option(

@@ -40,7 +40,7 @@ _protected_slots = compiled(ranks.protected_slots)
 @compiled
 def begin(slots: Slots, work: Work, pool: int, event: int, is_prefill: bool) -> None:
     """An event asks for its experts."""
-    kind, pools, keys = slots.rules[0].kind, slots.pools, slots.experts
+    kind, pools, memory = slots.rules[0].kind, slots.pools, slots.memory
     first, last = work.ptr[event], work.ptr[event + 1]
     if first == last:
         return
@@ -48,8 +48,8 @@ def begin(slots: Slots, work: Work, pool: int, event: int, is_prefill: bool) -> 
     if kind == MULTI_FACTOR and is_prefill and layer <= pools[pool].layer:
         _forget_demands(slots, pool)
     pools[pool].now += 1
-    if kind == MULTI_FACTOR and not keys[layer * slots.rules[0].num_experts].tick:
-        keys[layer * slots.rules[0].num_experts].tick = 1  # a layer seen for the first time
+    if kind == MULTI_FACTOR and not memory[layer * slots.rules[0].num_experts].tick:
+        memory[layer * slots.rules[0].num_experts].tick = 1  # a layer seen for the first time
         pools[pool].layers_seen += 1
     pools[pool].layer = layer
     pools[pool].in_event = pools[pool].now
@@ -59,12 +59,12 @@ def begin(slots: Slots, work: Work, pool: int, event: int, is_prefill: bool) -> 
     for place in range(first, last):
         key = work.keys[place]
         if kind == BELADY or kind == BELADY_FORCED:
-            keys[key].next_use = work.next_use[place]
+            memory[key].next_use = work.next_use[place]
         elif kind == TWO_LEVEL_LRU:
-            keys[key].event = pools[pool].now
+            memory[key].event = pools[pool].now
         elif kind == MULTI_FACTOR:
-            keys[key].event = pools[pool].now
-            keys[key].demands += 1
+            memory[key].event = pools[pool].now
+            memory[key].demands += 1
             _refresh(slots, key)
     if kind == ARC:
         _arc_begin(slots, work, pool, first, last)
@@ -77,21 +77,21 @@ def _forget_demands(slots: Slots, pool: int) -> None:
     for layer in range(len(slots.pool_of)):
         if slots.pool_of[layer] == pool:
             for key in range(layer * num_experts, (layer + 1) * num_experts):
-                slots.experts[key].event = 0
-                slots.experts[key].demands = 0
+                slots.memory[key].event = 0
+                slots.memory[key].demands = 0
                 _refresh(slots, key)
 
 
 @compiled
 def _update_scores(slots: Slots, work: Work, event: int) -> None:
-    alpha, experts = slots.rules[0].params[0], slots.experts
+    alpha, memory = slots.rules[0].params[0], slots.memory
     base = work.layer[event] * slots.rules[0].num_experts
     kept = 1.0 - alpha
     for key in range(base, base + slots.rules[0].num_experts):
-        experts[key].score = kept * experts[key].score
+        memory[key].score = kept * memory[key].score
     for place in range(work.ptr[event], work.ptr[event + 1]):
         weight = work.weights[place] if len(work.weights) else 1.0
-        experts[work.keys[place]].score += alpha * weight
+        memory[work.keys[place]].score += alpha * weight
     for key in range(base, base + slots.rules[0].num_experts):
         _refresh(slots, key)
 
@@ -102,21 +102,22 @@ def _refresh(slots: Slots, key: int) -> None:
     kind, expert = slots.rules[0].kind, slots.experts[key]
     if kind < LFU or expert.where != RESIDENT:
         return
-    a, b = 0.0, float(expert.last)
+    known = slots.memory[key]
+    a, b = 0.0, float(known.last)
     if kind == LFU:
-        a, b = float(expert.count), float(expert.tick)
+        a, b = float(known.count), float(known.tick)
     elif kind == STATIC:
-        a, b = expert.popularity, -float(key % slots.rules[0].num_experts)
+        a, b = known.popularity, -float(key % slots.rules[0].num_experts)
     elif kind == BELADY or kind == BELADY_FORCED:
-        a, b = -float(expert.next_use), 0.0
+        a, b = -float(known.next_use), 0.0
     elif kind == LFRU:
-        a = float(expert.count)
+        a = float(known.count)
     elif kind == TWO_LEVEL_LRU:
         a = float(expert.flag)
     elif kind == SCORE:
-        a = expert.score
+        a = known.score
     elif kind == MULTI_FACTOR:
-        a, b = float(expert.event), float(expert.demands)
+        a, b = float(known.event), float(known.demands)
     slots.rank_a[expert.position] = a
     slots.rank_b[expert.position] = b
 
@@ -134,22 +135,22 @@ def _arc_begin(slots: Slots, work: Work, pool: int, first: int, last: int) -> No
             pools[pool].target = _target_lowered(target, recent, frequent)
         else:
             continue
-        slots.experts[key].event = pools[pool].now
+        slots.memory[key].event = pools[pool].now
 
 
 @compiled
 def touch(slots: Slots, pool: int, key: int) -> None:
     """A resident expert was demanded."""
-    kind, keys = slots.rules[0].kind, slots.experts
+    kind, keys, memory = slots.rules[0].kind, slots.experts, slots.memory
     if kind == SLRU or kind == ARC or kind == SIEVE:
         keys[key].flag = 1
     elif kind == LFU:
         slots.pools[pool].ticks += 1
-        keys[key].count += 1
-        keys[key].tick = slots.pools[pool].ticks
+        memory[key].count += 1
+        memory[key].tick = slots.pools[pool].ticks
     elif kind >= LFRU:
-        keys[key].count += 1
-        keys[key].last = slots.pools[pool].now
+        memory[key].count += 1
+        memory[key].last = slots.pools[pool].now
         keys[key].flag = 0
     _refresh(slots, key)
 
@@ -157,7 +158,7 @@ def touch(slots: Slots, pool: int, key: int) -> None:
 @compiled
 def admit(slots: Slots, pool: int, key: int) -> None:
     """An expert became resident."""
-    kind, keys = slots.rules[0].kind, slots.experts
+    kind, keys, memory = slots.rules[0].kind, slots.experts, slots.memory
     if kind <= SLRU:
         push_back(slots.lists, 4 * pool, key)
     elif kind == ARC:
@@ -167,15 +168,15 @@ def admit(slots: Slots, pool: int, key: int) -> None:
             slots.pools[pool].hand = key
         push_back(slots.lists, 4 * pool, key)
     elif kind == LFU:
-        keys[key].count = 0
+        memory[key].count = 0
         touch(slots, pool, key)
     elif kind >= LFRU:
-        keys[key].count = 1
-        keys[key].last = slots.pools[pool].now
+        memory[key].count = 1
+        memory[key].last = slots.pools[pool].now
         if kind == TWO_LEVEL_LRU:
             # Outside an event, or not of it: a prefetch, unused so far.
             now = slots.pools[pool].now
-            keys[key].flag = slots.pools[pool].in_event != now or keys[key].event != now
+            keys[key].flag = slots.pools[pool].in_event != now or memory[key].event != now
     if kind >= LFU:
         slots.rank_layer[keys[key].position] = key // slots.rules[0].num_experts
         _refresh(slots, key)
@@ -184,7 +185,7 @@ def admit(slots: Slots, pool: int, key: int) -> None:
 @compiled
 def _arc_admit(slots: Slots, pool: int, key: int) -> None:
     lists, base = slots.lists, 4 * pool
-    again = slots.experts[key].event == slots.pools[pool].now
+    again = slots.memory[key].event == slots.pools[pool].now
     if lists.links[key].on >= 0:
         again = True
         unlink(lists, key)

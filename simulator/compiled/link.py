@@ -85,27 +85,43 @@ def _pick(wire: Wire, is_computing: bool) -> None:
     if copy < 0:
         return
     unlink(queues, copy)
-    now_s = clock[0].now_s
     if not copies[copy].has_started:
         copies[copy].has_started = 1
         if copies[copy].row < len(wire.rows):
-            wire.rows[copies[copy].row].start_s = now_s
-    chunk_s = wire.machine[0].busy_chunk_s if is_computing else wire.machine[0].idle_chunk_s
-    clock[0].chunk_start_s = now_s
-    clock[0].chunk_end_s = now_s + chunk_s
+            wire.rows[copies[copy].row].start_s = clock[0].now_s
+    _start_chunk(wire, is_computing)
 
 
 @compiled
-def _end_chunk(wire: Wire) -> None:
-    """Carry the clock to the end of the running chunk."""
+def _start_chunk(wire: Wire, is_computing: bool) -> None:
+    clock = wire.clock
+    chunk_s = wire.machine[0].busy_chunk_s if is_computing else wire.machine[0].idle_chunk_s
+    clock[0].chunk_start_s = clock[0].now_s
+    clock[0].chunk_end_s = clock[0].now_s + chunk_s
+
+
+@compiled
+def _next_chunk(wire: Wire, is_computing: bool) -> None:
+    """Carry the clock to the end of the running chunk, and start the one after it."""
     clock, copies = wire.clock, wire.copies
     copy = clock[0].current
     clock[0].now_s = clock[0].chunk_end_s
     clock[0].busy_s += clock[0].now_s - clock[0].chunk_start_s
     copies[copy].left -= 1
     if copies[copy].left and not copies[copy].is_cancelled:
-        push_front(wire.queues, DEMAND if copies[copy].is_urgent else PREFETCH, copy)
-        return
+        if copies[copy].is_urgent or wire.queues.ends[DEMAND].head < 0:
+            _start_chunk(wire, is_computing)  # nothing goes before it
+            return
+        push_front(wire.queues, PREFETCH, copy)
+    else:
+        _end(wire, copy)
+    _pick(wire, is_computing)
+
+
+@compiled
+def _end(wire: Wire, copy: int) -> None:
+    """A copy has been carried to its end, or to where it was given up."""
+    clock, copies = wire.clock, wire.copies
     _account(wire, copy)
     if copies[copy].is_cancelled:
         free(wire, copy)
@@ -126,8 +142,7 @@ def spend(wire: Wire, seconds: float, is_computing: bool) -> None:
     if clock[0].current < 0:
         _pick(wire, is_computing)
     while clock[0].current >= 0 and clock[0].chunk_end_s <= until_s:
-        _end_chunk(wire)
-        _pick(wire, is_computing)
+        _next_chunk(wire, is_computing)
     clock[0].now_s = until_s
 
 
@@ -145,7 +160,6 @@ def wait(wire: Wire, scratch: Records, count: int) -> None:
             is_waiting = True
             if clock[0].current < 0:
                 _pick(wire, False)
-            _end_chunk(wire)
-            _pick(wire, False)
+            _next_chunk(wire, False)
     if is_waiting:
         spend(wire, wire.machine[0].wake_s, False)

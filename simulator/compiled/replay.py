@@ -31,6 +31,7 @@ from .state import (
     EXPERT,
     KINDS,
     MACHINE,
+    MEMORY,
     MISSES,
     MULTI_FACTOR,
     OUT,
@@ -193,15 +194,15 @@ def make_run(
     `first_use` is the number of the first event that demands each expert, for caches that know the future. Room for
     totals by step, single copies and predictions is the caller's to add.
     """
-    experts = _experts(spec, shape)
+    memory = _memory(spec, shape)
     if first_use is not None:
-        experts["next_use"] = first_use
+        memory["next_use"] = first_use
     # Only its pools and what it warms with are asked for.
-    live = spec.build(shape, future=_FirstUses(experts["next_use"], shape.num_experts))
+    live = spec.build(shape, future=_FirstUses(memory["next_use"], shape.num_experts))
     run = Run(
         work=work,
         costs=_costs(costs),
-        slots=_slots(live, spec, shape, experts),
+        slots=_slots(live, spec, shape, memory),
         wire=_wire(costs, shape),
         scratch=np.zeros(2 * shape.num_experts + 2, SCRATCH),
         asked=np.zeros(1, ASKED),
@@ -281,12 +282,15 @@ def _costs(costs: CostModel) -> np.ndarray:
     return found
 
 
-def _slots(live: Residency, spec: PolicySpec, shape: ModelShape, experts: Records) -> Slots:
+def _slots(live: Residency, spec: PolicySpec, shape: ModelShape, memory: Records) -> Slots:
     pools = np.zeros(len(live.pools), POOL)
     pool_of = np.zeros(shape.num_moe_layers, np.int64)
     for number, pool in enumerate(live.pools):
         pool_of[list(pool.layers)] = number
         pools["size"][number], pools["staging"][number] = pool.size, pool.staging
+    experts = np.zeros(shape.total_experts, EXPERT)
+    for name in ("copy", "victim_of", "blamed"):
+        experts[name] = -1
     room = pools["size"] + pools["staging"]
     pools["start"] = np.cumsum(room) - room
     for name in ("layer", "in_event", "hand"):
@@ -300,15 +304,14 @@ def _slots(live: Residency, spec: PolicySpec, shape: ModelShape, experts: Record
         rank_b=np.zeros(int(room.sum())),
         rank_layer=np.zeros(int(room.sum())),
         experts=experts,
+        memory=memory,
         lists=make_lists(shape.total_experts, 4 * len(live.pools)),
         loading=make_lists(shape.total_experts, 1),
     )
 
 
-def _experts(spec: PolicySpec, shape: ModelShape) -> np.ndarray:
-    found = np.zeros(shape.total_experts, EXPERT)
-    for name in ("copy", "victim_of", "blamed"):
-        found[name] = -1
+def _memory(spec: PolicySpec, shape: ModelShape) -> np.ndarray:
+    found = np.zeros(shape.total_experts, MEMORY)
     # Event numbers start at 1; caches that compare them must not find one before.
     found["event"] = 0 if spec.cache.name == KINDS[MULTI_FACTOR] else -5
     if "popularity" in spec.cache.params:

@@ -127,6 +127,13 @@ EXPERT = _record(
     copy="i4",
     flag="i4",
     stamp="i8",
+    is_open="i4",
+    victim_of="i4",
+    blamed="i4",
+)
+"""One expert: where it is, and the story of its prefetch (simulator.outcomes.Ledger). Small: it is looked at most."""
+
+MEMORY = _record(
     event="i8",
     count="i8",
     tick="i8",
@@ -135,11 +142,8 @@ EXPERT = _record(
     demands="i8",
     score="f8",
     popularity="f8",
-    is_open="i4",
-    victim_of="i4",
-    blamed="i4",
 )
-"""One expert: where it is, what caches remember of it, and the story of its prefetch (simulator.outcomes.Ledger)."""
+"""What caches remember of one expert; most use a field or two."""
 
 COPY = _record(
     key="i4",
@@ -250,6 +254,7 @@ class Slots(NamedTuple):
     rank_b: Numbers
     rank_layer: Numbers
     experts: Records
+    memory: Records
     lists: Lists
     loading: Lists
 

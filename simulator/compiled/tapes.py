@@ -6,10 +6,14 @@ size and link. Any predictor can be taped by asking it; the built-in ones that a
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ...tracer.records import to_json
 from ...tracer.store import NO_EXPERT
 from ..policy.base import Predictor
 from ..policy.future import Future
@@ -17,6 +21,7 @@ from ..policy.registry import predictors
 from ..policy.spec import PolicySpec
 from ..workload import Workload, ranges
 from .curves import lowest_bit
+from .guesses import guesses
 from .jit import array_maker, compiled
 
 
@@ -25,6 +30,11 @@ class Tape(NamedTuple):
 
     ptr: np.ndarray
     keys: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory."""
+        return self.ptr.nbytes + self.keys.nbytes
 
 
 def tape_of(workload: Workload, spec: PolicySpec) -> Tape:
@@ -36,7 +46,30 @@ def tape_of(workload: Workload, spec: PolicySpec) -> Tape:
         return _oracle(workload, int(params.get("horizon", 1)))
     if name == "gate_lookahead":
         return _lookahead(workload, spec.lookahead_depth, int(params.get("width", 0)))
-    return asked(workload, spec)
+    if name == "synthetic":
+        return _synthetic(workload, spec)
+    return _remembered(workload, spec)
+
+
+_KEPT_BYTES = 256 << 20
+_KEPT: WeakKeyDictionary[Workload, dict[str, Tape]] = WeakKeyDictionary()
+"""Tapes made by asking: a predictor says the same under every cache, size and link, but takes its time."""
+
+
+def _remembered(workload: Workload, spec: PolicySpec) -> Tape:
+    """The tape by asking, asked once as long as the workload lives; a few hundred megabytes of them are kept."""
+    kept = _KEPT.setdefault(workload, {})
+    member = predictors.get(spec.predictor.name)
+    said = json.dumps(
+        [to_json(spec.predictor), spec.lookahead_depth, repr(member), id(member)], sort_keys=True
+    )
+    name = hashlib.sha256(said.encode()).hexdigest()
+    if name not in kept:
+        tape = asked(workload, spec)
+        if sum(other.nbytes for other in kept.values()) + tape.nbytes > _KEPT_BYTES:
+            return tape
+        kept[name] = tape
+    return kept[name]
 
 
 def asked(workload: Workload, spec: PolicySpec) -> Tape:
@@ -67,15 +100,37 @@ def ask(
 
 
 def _oracle(workload: Workload, horizon: int) -> Tape:
-    first = np.minimum(np.arange(workload.num_events + 1) + 1, workload.num_events)
+    return _ahead(workload.ptr, workload.keys(), horizon)
+
+
+def _ahead(ptr: np.ndarray, keys: np.ndarray, horizon: int) -> Tape:
+    """What is said of the next `horizon` events, given what is said of each: [events + 1], [keys]."""
+    events = len(ptr) - 1
+    first = np.minimum(np.arange(events + 1) + 1, events)
     if horizon == 1:  # the events themselves, one earlier
-        ptr = workload.ptr[first] - workload.ptr[1]
-        return Tape(ptr, workload.keys()[workload.ptr[1] :])
-    last = np.minimum(first[:-1] + horizon, workload.num_events)
-    starts = workload.ptr[first[:-1]]
-    sizes = workload.ptr[last] - starts
+        return Tape(ptr[first] - ptr[1], keys[ptr[1] :])
+    last = np.minimum(first[:-1] + horizon, events)
+    starts = ptr[first[:-1]]
+    sizes = ptr[last] - starts
     both = np.ravel(np.stack((starts, starts + sizes), axis=1))
-    return Tape(_bounds(sizes), workload.keys()[ranges(both, np.arange(len(starts)) * 2)])
+    return Tape(_bounds(sizes), keys[ranges(both, np.arange(len(starts)) * 2)])
+
+
+def _synthetic(workload: Workload, spec: PolicySpec) -> Tape:
+    # An instance of it checks the parameters and knows the defaults.
+    asked = predictors.build("synthetic", {**spec.predictor.params, "future": Future([])})
+    used = np.zeros((workload.num_layers, workload.num_experts), np.bool_)
+    used.reshape(-1)[workload.keys()] = True
+    said = guesses(
+        workload.ptr,
+        workload.experts,
+        workload.layer,
+        used,
+        float(asked.recall),
+        min(float(asked.excess), float(workload.num_experts)),  # there are no more wrong ones
+        np.uint64(asked.seed % 2**64),
+    )
+    return _ahead(*said, asked.horizon)
 
 
 def _lookahead(workload: Workload, depth: int, width: int) -> Tape:

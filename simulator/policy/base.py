@@ -1,23 +1,24 @@
-"""What a policy is made of: four families of small objects, and the words they exchange.
+"""What a policy is made of: five families of small objects, and the words they exchange.
 
-Members order things; they never move bytes, read a clock or draw random numbers. `Residency` owns
-slots and pins and asks them. A member's `needs` names what must be there before it can run:
-`lookahead` (gates applied early), `routing` (what single tokens chose, which the core does not look at),
-`popularity` (counts from a trace), `curves` (hits by layer and slots, from
-a trace), `gate_weights` (the router's weights of the chosen experts), `cpu_times` (measured or declared seconds of
-a copy and of an expert on the CPU), `future` (the events to come; such a member is a bound, refused by the
-runtime).
+Members order things; they never move bytes, read a clock or draw random numbers. `Residency` owns slots and pins and
+asks them. A member's `needs` names what must be there before it can run: `lookahead` (gates applied early), `routing`
+(what single tokens chose, which the core does not look at), `popularity` (counts from a trace), `curves` (hits by
+layer and slots, from a trace), `gate_weights` (the router's weights of the chosen experts), `paths` (experts of later
+layers named by a path predictor before the first layer ran), `cpu_times` (measured or declared seconds of a copy and
+of an expert on the CPU), the tables of LESSONS, `future` (the events to come; such a member is a bound, refused by
+the runtime).
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar, Protocol
 
 from ...tracer.types import ExpertKey, Why
 
-LESSONS = ("transitions", "token_table", "activations")
+LESSONS = ("transitions", "token_table", "activations", "maps")
 """Tables that predictors learn from a trace (simulator.lessons); JSON, kept in policy.json."""
 NEEDS = (
     "lookahead",
@@ -27,6 +28,7 @@ NEEDS = (
     "gate_weights",
     "cpu_times",
     *LESSONS,
+    "paths",
     "future",
 )
 
@@ -124,6 +126,9 @@ class BaseCache:
         return ()
 
 
+NO_PATH: Mapping[int, Sequence[Sequence[int]]] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class Signals:
     """What is known at one layer when it has been routed.
@@ -131,13 +136,15 @@ class Signals:
     `lookahead[d]` holds the experts that the gate of layer + d picked from this layer's hidden state,
     one group of top-k per token. `routed` are the experts each token chose at this layer, one group per
     token, `sequences` the sequence each of these tokens belongs to, and `tokens` their ids (-1: not recorded); empty
-    where nobody asked for them.
+    where nobody asked for them. `path[d]` holds the experts that a path predictor named for layer + d of this pass, one
+    group per token that it knows, likeliest first.
     """
 
     lookahead: Mapping[int, Sequence[Sequence[int]]]
     routed: Sequence[Sequence[int]] = ()
     sequences: Sequence[int] = ()
     tokens: Sequence[int] = ()
+    path: Mapping[int, Sequence[Sequence[int]]] = field(default_factory=lambda: NO_PATH)
 
 
 NO_SIGNALS = Signals({})

@@ -16,6 +16,7 @@ from .log import Entry
 from .replay import replay
 from .residency import Residency
 from .spec import PolicySpec
+from .tables import packed
 
 
 def tiny_shape(num_layers: int = 3, num_experts: int = 8, top_k: int = 2) -> ModelShape:
@@ -44,6 +45,28 @@ def tiny_lessons(shape: ModelShape) -> dict[str, Any]:
         "popularity": [[(e * 5 + layer) % experts for e in range(experts)] for layer in layers],
         "curves": [[min(s, 2 + layer) * s for s in range(experts + 1)] for layer in layers],
         "cpu_times": {"copy_s": 2.0, "expert_s": 0.5, "token_s": 0.25},
+        "lessons": _tiny_tables(len(layers), experts),
+    }
+
+
+def _tiny_tables(layers: int, experts: int) -> dict[str, Any]:
+    """Tables that predictors learn (policy.base.LESSONS): everything goes on to its neighbours."""
+
+    def path(start: int) -> list[list[int]]:
+        return [
+            sorted({(start + layer) % experts, (start + 2 * layer + 1) % experts})
+            for layer in range(layers)
+        ]
+
+    follows = packed([(e + 1) % experts, 600, (e + 3) % experts, 400] for e in range(experts))
+    return {
+        "transitions": [follows] * layers,
+        "token_table": {str(token): packed(path(token + 1)) for token in range(-1, 20)},
+        "activations": [
+            packed([n for e in row for n in (e, 100 * (e + 1))] for row in path(start))
+            for start in range(4)
+        ],
+        "maps": [packed(path(start)) for start in range(experts)],
     }
 
 

@@ -65,11 +65,18 @@ class Registry:
     def _load(self, name: str) -> type[Any]:
         if name not in self.names():
             raise unknown_name(self.kind, name, self.names())
-        plugins = self._plugins()
-        if name in plugins:
-            return plugins[name].load()
-        module = importlib.import_module(f"{self.package}.{self._built_in()[name]}")
-        return module.MEMBER
+        # What we ship keeps its name, whatever a plugin calls itself.
+        if name in self._built_in():
+            module = importlib.import_module(f"{self.package}.{self._built_in()[name]}")
+            return module.MEMBER
+        plugin = self._plugins()[name]
+        try:
+            return plugin.load()
+        except Exception as cause:
+            raise UsageError(
+                f"{self.kind} {name!r} comes from {plugin.value!r}, which cannot be loaded: {cause}. Mend or "
+                "uninstall that package."
+            ) from None
 
 
 _HERE = __name__.rpartition(".")[0]

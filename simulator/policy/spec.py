@@ -232,7 +232,9 @@ def _member(
     params: dict[str, Any] = {}
     for need in sorted(registry.get(name).needs & learned.keys()):
         if learned[need] is None:
-            raise UsageError(f"{registry.kind} {name!r} needs {_TEACHERS[need]}; none were given.")
+            raise UsageError(
+                f"{registry.kind} {name!r} needs {_TEACHERS[need]}, and there is none."
+            )
         if need == "cpu_times":
             params.update(learned[need])
         else:
@@ -245,10 +247,11 @@ def _member(
 _TEACHERS = {
     "popularity": "popularity counts of a trace",
     "curves": "hit curves of a trace by layer",
-    "cpu_times": "measured or declared CPU times of an expert",
+    "cpu_times": "the time of an expert on the CPU (declare it with --cpu-expert 2ms+0.3ms)",
     "transitions": "counts of experts by the expert before them, learned from a trace",
     "token_table": "experts by token id, learned from a trace",
     "activations": "activation matrices of sequences, learned from a trace",
+    "maps": "token paths, learned from a trace",
 }
 
 

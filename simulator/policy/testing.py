@@ -15,7 +15,7 @@ Members are given what they declare in `needs`: popularity, curves, CPU times, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from ...tracer.types import ExpertKey, ModelShape
@@ -59,7 +59,9 @@ class _MemberContract:
     def make_params(self) -> dict[str, Any]:
         """Parameters that go into policy.json, with what the member asks to be taught."""
         params: dict[str, Any] = {}
-        for need, lesson in tiny_lessons(self.shape).items():
+        taught = tiny_lessons(self.shape)
+        tables = taught.pop("lessons")
+        for need, lesson in {**taught, **tables}.items():
             if need in self.member.needs:
                 params |= lesson if need == "cpu_times" else {need: lesson}
         return params | dict(self.params)
@@ -238,11 +240,26 @@ class PredictorContract(_MemberContract):
                     event.experts,
                     None,
                     event.ends,
-                    Signals(groups),
+                    self._signals(event, groups, dice),
                     event.facts,
                 )
             )
         return script
+
+    def _signals(
+        self, event: ScriptedEvent, groups: Mapping[int, Sequence[Sequence[int]]], dice: Dice
+    ) -> Signals:
+        """Sequences come and go, some tokens are not known, and a sequence may have several."""
+        top_k = self.shape.top_k
+        rows = [
+            event.experts[place : place + top_k] for place in range(0, len(event.experts), top_k)
+        ]
+        return Signals(
+            groups,
+            rows,
+            [event.step // 3 + dice.below(3) for _ in rows],
+            [dice.below(30) - 1 for _ in rows],
+        )
 
     def test_names_only_experts_of_the_model(self) -> None:
         for said in self._asked():

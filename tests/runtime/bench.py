@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from expertflow.runtime.machine import Machine, generate_all
+from expertflow.runtime.paths.model import PathModel, PathShape
 from expertflow.simulator.account import CopyRow
 from expertflow.simulator.costs import CostModel, Linear, PhaseCosts
 from expertflow.simulator.engine import simulate
@@ -23,6 +24,7 @@ from expertflow.tracer.prompts import PromptText, tokenize
 from expertflow.tracer.quantities import LinkSpec
 from expertflow.tracer.store import Trace
 from expertflow.tracer.tracing import TraceRequest, trace_run
+from expertflow.tracer.types import ModelShape
 
 from tests.models import TEXTS as ALL_TEXTS
 from tests.models import tiny, write_prompts
@@ -72,7 +74,7 @@ class Bench:
         self.resident = {size: self._resident(size) for size in SIZES}
         self.workloads = {size: self._traced(size, str(device), dtype) for size in SIZES}
         self.popularity = self.workloads[1].popularity()
-        self.machine = Machine(self.loaded, device)
+        self.machine = Machine(self.loaded, device, paths=tiny_paths(self.shape).to(device))
         self.run = functools.cache(self._run)
 
     def spec(self, slots: int, cache="lru", allocation="equal", predictor="none", **more):
@@ -148,6 +150,24 @@ class Bench:
             )
         self.machine.link = None
         return run
+
+
+def tiny_paths(shape: ModelShape) -> PathModel:
+    """A path predictor that has learned nothing: what it says is wrong, but always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return PathModel(
+            PathShape(
+                vocab_size=shape.vocab_size,
+                num_layers=shape.num_moe_layers,
+                num_experts=shape.num_experts,
+                top_k=shape.top_k,
+                hidden=8,
+                feedforward=16,
+                heads=2,
+                head_size=4,
+            )
+        ).eval()
 
 
 def _common_token(device: torch.device, dtype: str) -> int:

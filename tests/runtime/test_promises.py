@@ -11,7 +11,10 @@ BUDGETS = (1, 2, 3, 8, 13, 24)
 """One slot, one token's experts, one per layer, one layer's experts, half (and one over), all."""
 PLACES = [("lru", allocation) for allocation in ALLOCATIONS]
 PLACES += [(cache, "equal") for cache in CACHES if cache != "lru"]
-POLICIES = [(*place, predictor) for place, predictor in itertools.product(PLACES, PREDICTORS)]
+LOOKING = [name for name in PREDICTORS if name in ("none", "gate_lookahead")]
+POLICIES = [(*place, predictor) for place, predictor in itertools.product(PLACES, LOOKING)]
+POLICIES += [("lru", "equal", name) for name in PREDICTORS if name not in LOOKING]
+INFERRING = [name for name in PREDICTORS if name not in (*LOOKING, "path")]
 """Every member once beside plain others; all combinations are tested on pretended devices."""
 
 
@@ -47,6 +50,18 @@ def test_simulated_log_of_the_same_routing_is_the_real_one(bench, slots, size):
         for place, (ours, theirs) in enumerate(zip(real, simulated, strict=False)):
             assert ours == theirs, (cache, allocation, place)
         assert len(real) == len(simulated)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("predictor", INFERRING)
+def test_predictors_that_infer_say_here_what_they_say_in_the_simulator(bench, predictor, size):
+    real = bench.run(8, "lru", "equal", predictor, size).log
+    simulated = bench.simulated(bench.spec(8, predictor=predictor), size)
+
+    said, expected = ([e for e in log if e.kind == "predict"] for log in (real, simulated))
+
+    assert len(said) > 50
+    assert said == expected
 
 
 @pytest.mark.parametrize("slots", [3, 8, 12])

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from expertflow.simulator.hardware_profiles import GPUS, LINKS
 from expertflow.simulator.policy.registry import FAMILIES, caches
 from expertflow.simulator.policy.spec import make_spec, read_policy
+from expertflow.simulator.space import DEFAULTS
 from expertflow.tracer.main import main
 from expertflow.tracer.synthetic import synthetic_trace
 
@@ -119,6 +121,66 @@ def test_list_names_every_member_and_says_which_are_bounds(command):
     assert set(bounds) >= {"belady", "belady_forced", "oracle"}
     assert not {"lru", "gate_lookahead", "equal", "fcfs", "load"} & set(bounds)
     assert "a bound, simulator only" in text
+
+
+def test_list_says_what_each_member_takes_and_where_it_runs(command):
+    _, out, _ = command("list", "--json")
+    _, text, _ = command("list")
+
+    document = json.loads(out)
+    members = {kind: {m["name"]: m for m in rows} for kind, rows in document["families"].items()}
+    assert members["cache"]["slru"]["params"] == [
+        {"name": "protected", "default": 0.8, "is_required": False}
+    ]
+    assert members["cache"]["static"]["params"] == []  # what a trace teaches, nobody types
+    assert members["misses"]["sooner"]["params"] == []
+    defaults = {kind: [m for m in rows if rows[m]["is_default"]] for kind, rows in members.items()}
+    assert defaults == {kind: [name] for kind, name in DEFAULTS.items()}
+    assert {name for name, m in members["misses"].items() if m["is_deployable"]} == {"load"}
+    assert not members["cache"]["belady"]["is_deployable"]
+    assert (document["default_scope"], document["scopes"]["layer"]) == ("layer", "equal")
+    assert "lru *" in text
+    assert "unless you ask for --scope global" in text
+    assert "protected=0.8" in text
+
+
+def test_list_names_declared_hardware_with_its_sources(command):
+    _, out, _ = command("list", "--json")
+    _, text, _ = command("list")
+
+    hardware = json.loads(out)["hardware"]
+    assert {link["name"] for link in hardware["links"]} == set(LINKS)
+    assert {gpu["name"] for gpu in hardware["gpus"]} == set(GPUS)
+    for entry in (*hardware["links"], *hardware["gpus"]):
+        assert entry["source"] in text
+    assert "not measured" in text
+
+
+def test_list_tells_which_engine_runs_a_member(command):
+    pytest.importorskip("numba")
+    _, out, _ = command("list", "--json")
+
+    document = json.loads(out)
+    engines = {m["engine"] for members in document["families"].values() for m in members}
+    assert document["has_compiled_engine"]
+    assert engines == {"compiled"}
+
+
+def test_list_works_without_numba():
+    code = "import sys; sys.modules['numba'] = None\n"
+    code += "from expertflow.tracer.main import main; main(['list', '--json'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    )
+
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert not document["has_compiled_engine"]
+    assert {m["engine"] for m in document["families"]["cache"]} == {"reference"}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,9 @@ def test_builtin_space_holds_what_the_trace_can_feed_and_the_runtime_can_deploy(
                 and "future" not in member.needs
                 and feasible(member.needs, ready.workload, ready.costs)
             )
-            assert (name in names(builtin, family.kind)) == is_wanted
+            rivals = {option.name for option in builtin.rivals}
+            found = names(builtin, family.kind) | (rivals if family.kind == "predictor" else set())
+            assert (name in found) == is_wanted
 
 
 def test_members_that_need_what_the_trace_lacks_are_left_out(ready, builtin):

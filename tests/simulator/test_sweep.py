@@ -22,7 +22,15 @@ from expertflow.simulator.forecast import Forecaster, forecaster
 from expertflow.simulator.judge import Judge, Opening, judge_of
 from expertflow.simulator.policy.spec import make_spec
 from expertflow.simulator.search import search
-from expertflow.simulator.space import Budget, Option, Range, Space, bound_points, grid
+from expertflow.simulator.space import (
+    Budget,
+    Option,
+    Range,
+    Space,
+    bound_points,
+    grid,
+    rival_points,
+)
 from expertflow.simulator.space_file import Search
 from expertflow.simulator.split import split_by_batch
 from expertflow.simulator.sweep import document_of, plan_of, summed_up, sweep
@@ -187,7 +195,8 @@ def test_without_a_file_all_that_fits_the_trace_is_tried(command, small, tmp_pat
     rows = json.loads(out)["rows"]
     assert code == 0
     assert [row for row in rows if row["error"]] == []
-    assert len(rows) == space.size() + len(bound_points(space))
+    beside = [*rival_points(space), *bound_points(space)]
+    assert len(rows) == space.size() + len(beside)
     assert {row["budget"] for row in rows} == {"8slots"}
 
 

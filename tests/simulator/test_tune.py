@@ -60,7 +60,9 @@ def test_all_members_the_trace_can_feed_are_tried(ready, choice):
         for cache in caches.names()
         for allocation in allocations.names()
         for predictor in predictors.names()
-        if "future" not in caches.get(cache).needs | predictors.get(predictor).needs
+        if not {"future", "paths"} & (caches.get(cache).needs | predictors.get(predictor).needs)
+        # Predictors that only infer are tried with plain slots.
+        if predictor in ("none", "gate_lookahead") or allocation == "equal"
     ]
 
     assert choice.tuning.tried == len(fed)
@@ -367,7 +369,8 @@ def test_predictor_without_its_signals_is_refused_with_the_next_step(tmp_path):
     with pytest.raises(UsageError, match=r"recorded 0\. Trace again with --lookahead 2"):
         plain.predict(spec)
     tried = tune(plain, budgets=[Budget("8slots", 8)]).tuning.candidates
-    assert {result.policy["predictor"] for result in tried} == {"none"}
+    assert tried
+    assert not any("gate_lookahead" in result.policy["predictor"] for result in tried)
 
 
 class _TraceOf(Trace):

@@ -52,4 +52,6 @@ CpuExpert = Annotated[
 ]
 TraceDir = Annotated[Path, typer.Argument(help="Trace folder.", metavar="DIR")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-ResultOut = Annotated[Path | None, typer.Option("--out", help="Also write the result here.")]
+ResultOut = Annotated[
+    Path | None, typer.Option("--out", help="Also write the result here.", dir_okay=False)
+]
