@@ -19,7 +19,7 @@ def layer_curves(workload: Workload, *, decode_only: bool = False) -> list[list[
     curves: list[list[int]] = []
     for layer in range(workload.num_layers):
         events = np.flatnonzero(workload.layer == layer)
-        sizes = np.diff(workload.ptr)[events]
+        sizes = workload.ptr[events + 1] - workload.ptr[events]
         ptr = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
         experts = workload.experts[ranges(workload.ptr, events)]
         hits = _stack_hits(ptr, experts, counted[events], workload.num_experts)

@@ -276,7 +276,8 @@ _KEYS: WeakKeyDictionary[Workload, np.ndarray] = WeakKeyDictionary()
 
 def ranges(bounds: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Indices of all that lies in the given intervals: bounds[p] to bounds[p + 1] for each p."""
-    starts, sizes = bounds[places], np.diff(bounds)[places]
+    starts = bounds[places]
+    sizes = bounds[places + 1] - starts
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total) + np.repeat(starts - (ends - sizes), sizes)
