@@ -36,7 +36,7 @@ QUESTION: Final = (
 _BASELINES: Final = frozenset({"none", "on-demand", "on demand", "on_demand", "demand", "stream"})
 
 
-_TILE_WIDTH: Final = 222
+_TILE_WIDTH: Final = 272
 """Wide enough for a speed; tiles wrap where three do not fit beside each other."""
 
 
