@@ -36,6 +36,13 @@ bench: setup
 	$(BIN)/python benchmarks/oracle.py
 	$(BIN)/python benchmarks/replay_speed.py
 	$(BIN)/python benchmarks/sweep_gpt_oss.py
+	$(BIN)/python benchmarks/trace_reading.py
+	$(BIN)/python benchmarks/tracing_overhead.py
+	$(BIN)/python benchmarks/path_predictor.py
+	$(BIN)/python benchmarks/predictors.py
+	$(BIN)/python benchmarks/token_scheduler.py
+	$(BIN)/python benchmarks/des.py
+	$(BIN)/python benchmarks/reproduction.py
 
 # Runs from the tree with the machine's own Python: no install, no network.
 gpu:

@@ -12,33 +12,27 @@ Exits 1 if a bar is missed.
 
 from __future__ import annotations
 
-import json
-import random
 import statistics
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench_common import ROOT, Report, Table, options_of, parser, write_block
+from bench_embedded import built, cut, traced
 from expertflow.runtime.machine import Machine
-from expertflow.runtime.paths.build import PredictorRequest, add_paths, build_predictor
+from expertflow.runtime.paths.build import add_paths
 from expertflow.runtime.paths.files import load_predictor
-from expertflow.runtime.paths.train import Training
 from expertflow.simulator.forecast import Forecaster, forecaster
 from expertflow.simulator.paths import PredictorCard, judged_on_paths
 from expertflow.simulator.policy.spec import PolicySpec, make_spec
 from expertflow.simulator.result import Result
-from expertflow.tracer import embedded
 from expertflow.tracer.load import choose_device, load_model
 from expertflow.tracer.placement import use_threads
 from expertflow.tracer.prompts import MAX_PROMPT_TOKENS, choose_prompts, read_prompts, tokenize
 from expertflow.tracer.quantities import LinkSpec, format_seconds
 from expertflow.tracer.store import Trace
-from expertflow.tracer.tracing import TraceRequest, trace_run
 
 SCRIPT = "path_predictor.py"
 PAGE = ROOT / "docs" / "path-predictor.md"
@@ -92,61 +86,6 @@ def main() -> None:
         write_block(PAGE, SCRIPT, report.text())
     options.write = False  # the other page is not ours
     report.finish()
-
-
-def cut(folder: Path, most: int | None) -> Path:
-    """Pieces of 12 to 70 words of the documents that hold none of the shipped prompts."""
-    starts = [row["text"][:60] for row in rows_of(embedded.PROMPTS)]
-    draw, pieces = random.Random(7), []
-    for number, row in enumerate(rows_of(embedded.MODEL_DIR / "heldout.jsonl")):
-        if any(start in row["text"] for start in starts):
-            continue
-        words, place = row["text"].split(" "), 0
-        while place < len(words):
-            count = draw.randint(12, 70)
-            text = " ".join(words[place : place + count]).strip()[:900]
-            place += count
-            if len(text) > 40:
-                name = f"{row['domain']}-{number}-{len(pieces)}"
-                pieces.append({"id": name, "domain": row["domain"], "text": text})
-    draw.shuffle(pieces)
-    path = folder / "pieces.jsonl"
-    path.write_text("".join(json.dumps(piece) + "\n" for piece in pieces[:most]))
-    return path
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """Rows of a JSON lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def traced(
-    out: Path, prompts: Path | None, new_tokens: int, batch_size: int, limit: int | None = None
-) -> Trace:
-    """A trace of the embedded model."""
-    request = TraceRequest(
-        out=out,
-        prompts=prompts,
-        limit=limit,
-        max_new_tokens=new_tokens,
-        batch_size=batch_size,
-        device="cpu",
-        threads=1,
-    )
-    trace_run(request, progress=no_progress, say=hint)
-    return Trace.open(out)
-
-
-def built(trace: Trace, out: Path, epochs: int, **asked: Any) -> PredictorCard:
-    """A predictor with the command's own settings."""
-    request = PredictorRequest(
-        trace=trace.path,
-        out=out,
-        training=Training(epochs=epochs),
-        device="cpu",
-        **{"network": {}, **asked},
-    )
-    return build_predictor(request, progress=no_progress, say=hint)
 
 
 def judge(report: Report, card: PredictorCard) -> None:
@@ -299,25 +238,6 @@ def row(where: str, words: str, predicted: Result, measured: Sequence[Result]) -
 def cells(found: dict[str, Any]) -> list[str]:
     """Recall and precision at the three widths."""
     return [f"{found[width]['recall']:.3f} / {found[width]['precision']:.3f}" for width in WIDTHS]
-
-
-class _Silent:
-    def advance(self, amount: int = 1) -> None:
-        """Nothing to show."""
-
-    def phase(self, text: str) -> None:
-        """Nothing to show."""
-
-
-@contextmanager
-def no_progress(title: str, total: int | None = None, unit: str = "") -> Iterator[_Silent]:
-    """No bar: the notes say what is being done."""
-    yield _Silent()
-
-
-def hint(words: str) -> None:
-    """Say on stderr what is being done."""
-    print(words, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -22,7 +23,24 @@ _make_importable()
 import streamlit as st  # noqa: E402
 from expertflow.dashboard import parts  # noqa: E402
 from expertflow.dashboard.data import data_root, discover  # noqa: E402
-from expertflow.dashboard.views import overview, verify  # noqa: E402
+from expertflow.dashboard.views import (  # noqa: E402
+    capacity,
+    compare,
+    overview,
+    policy,
+    routing,
+    sweep,
+    timeline,
+    verify,
+    what_if,
+)
+
+# Pages by what they rest on; a page's name is its address.
+SECTIONS = {
+    "Recorded": {"Overview": overview, "Routing": routing, "Timeline": timeline},
+    "Predicted": {"Capacity": capacity, "What-if": what_if, "Sweep": sweep},
+    "Decided": {"Policy": policy, "Verify": verify, "Compare": compare},
+}
 
 
 def main() -> None:
@@ -30,11 +48,20 @@ def main() -> None:
     # No page icon: named ones are fetched from a font server, and this tool calls nobody.
     st.set_page_config(page_title="ExpertFlow", layout="wide")
     catalog = discover(data_root())
-    pages = [
-        st.Page(lambda: overview.render(catalog), title="Overview", default=True),
-        st.Page(lambda: verify.render(catalog), title="Verify", url_path="verify"),
-    ]
-    page = st.navigation(pages)
+    page = st.navigation(
+        {
+            section: [
+                st.Page(
+                    functools.partial(module.render, catalog),
+                    title=title,
+                    url_path=title.lower(),
+                    default=module is overview,
+                )
+                for title, module in modules.items()
+            ]
+            for section, modules in SECTIONS.items()
+        }
+    )
     with st.sidebar:
         parts.sidebar(catalog)
     page.run()

@@ -17,8 +17,9 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from ..simulator.machine import MACHINE_FORMAT
+from ..simulator.machine import MACHINE_FORMAT, MachineFile
 from ..simulator.policy.spec import POLICY_FORMAT, PolicyFile, read_policy
 from ..simulator.result import (
     RESULT_FORMAT,
@@ -28,6 +29,8 @@ from ..simulator.result import (
     Tuning,
     Verdict,
 )
+from ..simulator.sweep_folder import DOCUMENT, PARTS, RESULTS, SWEEP_FORMAT, SweepFile
+from ..simulator.sweep_row import SCHEMA
 from ..tracer.errors import InputError, TraceError
 from ..tracer.records import from_json, read_json
 from ..tracer.schema import FORMAT as TRACE_FORMAT
@@ -37,11 +40,10 @@ from ..tracer.store import read_manifest, read_part
 MAX_DEPTH: Final = 4
 MAX_FILES: Final = 2_000
 MAX_JSON_BYTES: Final = 64 * 2**20
-PHASES: Final = ("prefill", "decode")
 ALL: Final = "all"
 
 T = TypeVar("T")
-_BAD_INPUT: Final = (
+BAD_INPUT: Final = (
     InputError,
     OSError,
     pa.ArrowException,
@@ -89,6 +91,8 @@ class Catalog:
     verdicts: tuple[Found[Verdict], ...] = ()
     results: tuple[Found[Result], ...] = ()
     policies: tuple[Found[PolicyFile], ...] = ()
+    machines: tuple[Found[MachineFile], ...] = ()
+    sweeps: tuple[Found[SweepFile], ...] = ()
     problems: tuple[Problem, ...] = ()
 
 
@@ -117,26 +121,6 @@ class SequenceSummary:
     """Index into `domains` by sequence number."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoutingSummary:
-    """Choices of the router, counted by phase, domain, layer and expert."""
-
-    domains: tuple[str, ...]
-    counts: np.ndarray = field(repr=False)
-    padding_rows: int
-    rows: int
-
-    def select(self, phase: str, domain: str) -> np.ndarray:
-        """Counts by layer and expert of one phase and domain, or of all."""
-        phases = slice(None) if phase == ALL else [PHASES.index(phase)]
-        domains = slice(None) if domain == ALL else [self.domains.index(domain)]
-        return self.counts[phases][:, domains].sum(axis=(0, 1))
-
-    def phases(self) -> tuple[str, ...]:
-        """The phases that have rows."""
-        return tuple(p for i, p in enumerate(PHASES) if self.counts[i].any())
-
-
 def data_root(argv: Sequence[str] | None = None) -> Path:
     """The folder to show: `--data DIR`, else EXPERTFLOW_DATA, else the repository's traces."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -160,15 +144,41 @@ def discover(root: Path) -> Catalog:
     for path in _json_files(root, problems):
         name = path.relative_to(root).as_posix()
         try:
-            kind, value = _load(_key(path))
+            kind, value = _load(file_key(path))
             if kind:
-                is_trace = kind == TRACE_FORMAT
-                where, shown = (path.parent, _folder_name(root, path)) if is_trace else (path, name)
+                is_folder = kind in _FOLDERS
+                where, shown = (
+                    (path.parent, _folder_name(root, path)) if is_folder else (path, name)
+                )
                 found[kind].append(Found(shown, where, value))
-                if is_trace:
+                if kind == TRACE_FORMAT:
                     problems += _file_problems(shown, path.parent, value)
-        except _BAD_INPUT as error:
-            problems.append(Problem(name, _reason(error, path, root)))
+        except BAD_INPUT as error:
+            problems.append(Problem(name, reason_of(error, path, root)))
+    return _catalog(root, found, problems)
+
+
+def discover_file(path: Path) -> Catalog:
+    """A catalog of one file, or what kept it from being read."""
+    root = path.parent
+    found: dict[str, list[Found[Any]]] = {kind: [] for kind in _KINDS}
+    problems: list[Problem] = []
+    try:
+        kind, value = _load(file_key(path))
+        if kind:
+            found[kind].append(Found(path.name, root if kind in _FOLDERS else path, value))
+        else:
+            problems.append(
+                Problem(path.name, "it is not a file of this toolkit that can be shown.")
+            )
+    except BAD_INPUT as error:
+        problems.append(Problem(path.name, reason_of(error, path, root)))
+    return _catalog(root, found, problems)
+
+
+def _catalog(
+    root: Path, found: Mapping[str, list[Found[Any]]], problems: Sequence[Problem]
+) -> Catalog:
     return Catalog(
         root=root,
         traces=tuple(found[TRACE_FORMAT]),
@@ -176,6 +186,8 @@ def discover(root: Path) -> Catalog:
         verdicts=tuple(found[VERDICT_FORMAT]),
         results=tuple(found[RESULT_FORMAT]),
         policies=tuple(found[POLICY_FORMAT]),
+        machines=tuple(found[MACHINE_FORMAT]),
+        sweeps=tuple(found[SWEEP_FORMAT]),
         problems=tuple(problems),
     )
 
@@ -202,17 +214,19 @@ def verdict_trace(verdict: Verdict) -> str:
 def sequence_summary(trace: Found[Manifest]) -> SequenceSummary | Problem:
     """Totals over the sequences of a trace, or what kept them from being read."""
     try:
-        return _sequences(_trace_key(trace))
-    except _BAD_INPUT as error:
-        return Problem(f"{trace.name}: sequences", _reason(error, trace.path, trace.path))
+        return read_sequences(trace_key(trace))
+    except BAD_INPUT as error:
+        return Problem(f"{trace.name}: sequences", reason_of(error, trace.path, trace.path))
 
 
-def routing_summary(trace: Found[Manifest]) -> RoutingSummary | Problem:
-    """The router's choices of a trace, counted, or what kept them from being read."""
+def sweep_table(sweep: Found[SweepFile]) -> pa.Table | Problem:
+    """The rows of a sweep, finished or not, or what kept them from being read."""
     try:
-        return _routing(_trace_key(trace))
-    except _BAD_INPUT as error:
-        return Problem(f"{trace.name}: routing", _reason(error, trace.path, trace.path))
+        return _sweep_rows(
+            file_key(sweep.path / DOCUMENT), tuple(map(file_key, _row_files(sweep.path)))
+        )
+    except BAD_INPUT as error:
+        return Problem(f"{sweep.name}: rows", reason_of(error, sweep.path, sweep.path))
 
 
 _KINDS: Final[Mapping[str, type[Any]]] = {
@@ -221,20 +235,29 @@ _KINDS: Final[Mapping[str, type[Any]]] = {
     VERDICT_FORMAT: Verdict,
     TUNING_FORMAT: Tuning,
     POLICY_FORMAT: PolicyFile,
+    MACHINE_FORMAT: MachineFile,
+    SWEEP_FORMAT: SweepFile,
 }
+_FOLDERS: Final = frozenset({TRACE_FORMAT, SWEEP_FORMAT})
+"""Formats of which the folder is the thing, and the JSON in it tells what it is."""
 
 
 _NOT_SHOWN: Final = frozenset(
     {
-        MACHINE_FORMAT,
         "expertflow.check/1",
         "expertflow.curve/1",
         "expertflow.doctor/1",
+        "expertflow.export/1",
         "expertflow.import/1",
         "expertflow.info/1",
         "expertflow.members/1",
+        "expertflow.profile/1",
+        "expertflow.profiles/1",
+        "expertflow.merge/1",
+        "expertflow.report/1",
         "expertflow.run/1",
-        "expertflow.sweep/1",
+        "expertflow.sample/1",
+        "expertflow.split/1",
     }
 )
 """Ours and sound, but no page has a use for them."""
@@ -266,10 +289,11 @@ def _load(key: FileKey) -> tuple[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def _sequences(key: FileKey) -> SequenceSummary:
-    folder, manifest = _manifest(key)
+def read_sequences(key: FileKey) -> SequenceSummary:
+    """Totals over the sequences of a trace. Raises one of BAD_INPUT."""
+    folder, manifest = manifest_of(key)
     columns = ["sequence", "domain", "prompt_tokens", "generated_tokens"]
-    parts = list(_tables(folder, manifest, "sequences", columns))
+    parts = list(tables_of(folder, manifest, "sequences", columns))
     if not parts:
         raise TraceError("the manifest lists no sequences file.")
     table = pa.concat_tables(parts)
@@ -290,80 +314,41 @@ def _sequences(key: FileKey) -> SequenceSummary:
 
 
 @lru_cache(maxsize=8)
-def _routing(key: FileKey) -> RoutingSummary:
-    folder, manifest = _manifest(key)
-    shape = manifest.shape
-    try:
-        sequences = _sequences(key)
-        domains, domain_of = sequences.domains or ("",), sequences.domain_of
-    except _BAD_INPUT:  # Without its sequences a trace still has a heatmap, of one domain.
-        domains, domain_of = ("",), np.zeros(0, dtype=np.int64)
-    counts = np.zeros(
-        (len(PHASES), len(domains), shape.num_moe_layers, shape.num_experts), dtype=np.int64
-    )
-    padding = rows = 0
-    columns = ["layer", "sequence", "position", "phase", "experts"]
-    for table in _tables(folder, manifest, "routing", columns):
-        for start in range(0, table.num_rows, 200_000):
-            _count(table.slice(start, 200_000), domain_of, counts)
-        padding += int((table.column("position").to_numpy() < 0).sum())
-        rows += table.num_rows
-    if not rows:
-        raise TraceError("the routing table is empty.")
-    counts.flags.writeable = False
-    return RoutingSummary(domains=domains, counts=counts, padding_rows=padding, rows=rows)
+def _sweep_rows(document: FileKey, files: tuple[FileKey, ...]) -> pa.Table:
+    if not files:
+        raise InputError(f"there is neither {RESULTS} nor a part of it beside {DOCUMENT}.")
+    tables = [pq.ParquetFile(file.path).read() for file in files]
+    if any(table.schema.names != SCHEMA.names for table in tables):
+        raise InputError("its columns are not those of a sweep.")
+    return pa.concat_tables(tables)
 
 
-def _count(table: pa.Table, domain_of: np.ndarray, counts: np.ndarray) -> None:
-    """Add the choices of some routing rows to `counts`."""
-    shape = counts.shape
-    chunk = table.combine_chunks()
-    experts = chunk.column("experts").combine_chunks().flatten().to_numpy()
-    if not table.num_rows or experts.size % table.num_rows:
-        raise TraceError("routing rows do not all have the same number of experts.")
-    phase = _phase_codes(chunk.column("phase"))
-    layer = chunk.column("layer").to_numpy().astype(np.int64)
-    sequence = chunk.column("sequence").to_numpy().astype(np.int64)
-    if layer.min() < 0 or layer.max() >= shape[2] or int(experts.max()) >= shape[3]:
-        raise TraceError(
-            f"routing names layer {layer.max()} or expert {experts.max()}, "
-            f"but the model has {shape[2]} layers of {shape[3]} experts."
-        )
-    known = (sequence >= 0) & (sequence < len(domain_of))
-    domain = np.zeros_like(sequence)
-    domain[known] = np.maximum(domain_of[sequence[known]], 0)
-    row = (phase * shape[1] + domain) * shape[2] + layer
-    flat = np.repeat(row, experts.size // table.num_rows) * shape[3] + experts.astype(np.int64)
-    counts += np.bincount(flat, minlength=counts.size).reshape(shape)
+def _row_files(folder: Path) -> list[Path]:
+    whole = folder / RESULTS
+    return [whole] if whole.is_file() else sorted((folder / PARTS).glob("part-*.parquet"))
 
 
-def _phase_codes(column: pa.ChunkedArray) -> np.ndarray:
-    pieces = [np.empty(0, dtype=np.int64)]
-    for chunk in column.chunks:
-        names = chunk.dictionary.to_pylist()
-        if strange := sorted(set(names) - set(PHASES)):
-            raise TraceError(f"routing has a phase {strange[0]!r}; known: {', '.join(PHASES)}.")
-        codes = np.array([PHASES.index(name) for name in names], dtype=np.int64)
-        pieces.append(codes[chunk.indices.to_numpy()])
-    return np.concatenate(pieces)
-
-
-def _tables(folder: Path, manifest: Manifest, table: str, columns: list[str]) -> Iterator[pa.Table]:
+def tables_of(
+    folder: Path, manifest: Manifest, table: str, columns: list[str]
+) -> Iterator[pa.Table]:
     """A table's files one by one, so that memory is bounded by the largest."""
     schema = table_schemas(manifest.shape, manifest.recorded)[table]
     for file in manifest.tables.get(table, ()):
         yield read_part(folder / file.path, schema, columns)
 
 
-def _manifest(key: FileKey) -> tuple[Path, Manifest]:
+def manifest_of(key: FileKey) -> tuple[Path, Manifest]:
+    """The folder and the manifest of a trace."""
     return Path(key.path).parent, _load(key)[1]
 
 
-def _trace_key(trace: Found[Manifest]) -> FileKey:
-    return _key(trace.path / "manifest.json")
+def trace_key(trace: Found[Manifest]) -> FileKey:
+    """What caches of a trace hang on: its manifest, which is written last."""
+    return file_key(trace.path / "manifest.json")
 
 
-def _key(path: Path) -> FileKey:
+def file_key(path: Path) -> FileKey:
+    """The version of a file as it lies there now."""
     stat = path.stat()
     return FileKey(str(path), stat.st_size, stat.st_mtime_ns)
 
@@ -429,7 +414,7 @@ def _folder_name(root: Path, manifest: Path) -> str:
     return root.resolve().name if name == "." else name
 
 
-def _reason(error: BaseException, path: Path, root: Path) -> str:
+def reason_of(error: BaseException, path: Path, root: Path) -> str:
     """The message of an error without the machine's paths; the name beside it gives the place."""
     if isinstance(error, KeyError):
         return f"{error} is missing."

@@ -7,6 +7,7 @@ that stand side by side stay apart for colour-blind readers (tests/dashboard/tes
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -40,6 +41,15 @@ SYMBOLS: Final[tuple[str, ...]] = ("circle", "square", "diamond", "triangle-up",
 SHARE_SCALE: Final = "Cividis"
 """Sequential scale for shares: monotone in lightness, made for colour-blind readers."""
 
+DIVERGING_SCALE: Final = (
+    (0.0, "#2A82C4"),
+    (0.35, "#A9CBE3"),
+    (0.5, "#E9E6E1"),
+    (0.65, "#EBB58C"),
+    (1.0, "#D55E00"),
+)
+"""Around a real zero: blue below, orange above; told apart by every eye."""
+
 CLEAR: Final = "rgba(0,0,0,0)"
 
 CONFIG: Final[dict[str, Any]] = {
@@ -49,6 +59,11 @@ CONFIG: Final[dict[str, Any]] = {
     "responsive": True,
 }
 """For every figure: nothing here may offer to upload data to somebody else's machine."""
+
+SELECTING: Final[dict[str, Any]] = {
+    name: value for name, value in CONFIG.items() if name != "modeBarButtonsToRemove"
+}
+"""For figures in which marks can be picked: the tools for it stay."""
 
 
 def tint(colour: str, alpha: float) -> str:
@@ -67,17 +82,33 @@ def solid(colour: str) -> dict[str, Any]:
     return {"color": colour, "line": {"color": colour, "width": 2}}
 
 
+def _broken(lines: Sequence[str]) -> list[str]:
+    """Lines that fit half a page; the first one, which is bold, keeps its weight over the break."""
+    first, *rest = lines
+    head = "</b><br><b>".join(textwrap.wrap(first, 46))
+    return [head, *(piece for line in rest for piece in textwrap.wrap(line, 62))]
+
+
 def finish(
-    fig: go.Figure, title: Sequence[str], *, height: int, above: int = 0, legend_rows: int = 1
+    fig: go.Figure,
+    title: Sequence[str],
+    *,
+    height: int,
+    above: int = 0,
+    legend_rows: int = 1,
+    is_narrow: bool = False,
 ) -> go.Figure:
     """Give a figure its finding, a line on how to read it, its size and legend; the same for all.
 
-    `above` keeps room between the title and the plot, for panel titles.
+    `above` keeps room between the title and the plot, for panel titles. Lines of narrow figures are broken.
     """
+    if is_narrow:
+        title = _broken(title)
     text = f"<b>{title[0]}</b>" + "".join(
         f"<br><span style='font-size:0.82em;font-weight:400'>{line}</span>" for line in title[1:]
     )
-    top, bottom = 14 + 22 * len(title) + above, 52 + 22 * legend_rows
+    lines = len(title) + text.count("</b><br><b>")
+    top, bottom = 14 + 22 * lines + above, 52 + 22 * legend_rows
     fig.update_layout(
         # Hung on the plot's upper edge: Streamlit moves titles that hang on the figure's edge.
         title={
@@ -90,7 +121,7 @@ def finish(
             "yref": "paper",
             "yanchor": "bottom",
             # The anchor is the first line; the others hang below it.
-            "pad": {"b": 22 * (len(title) - 1) + 10 + above},
+            "pad": {"b": 22 * (lines - 1) + 10 + above},
         },
         height=height + top + bottom,
         margin={"l": 8, "r": 24, "t": top, "b": bottom},

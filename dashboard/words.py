@@ -124,3 +124,11 @@ def label(name: str) -> str:
 def plain(text: str) -> str:
     """Text that may hold anything, made safe to stand inside Markdown."""
     return re.sub(r"([\\`*_{}\[\]()#+\-.!$~|<>:])", r"\\\1", " ".join(text.split()))
+
+
+def size_unit(num_bytes: float) -> tuple[float, str]:
+    """Factor and name of the binary unit that keeps numbers up to this size readable."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(num_bytes) >= factor:
+            return 1 / factor, unit
+    return 1.0, "B"

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..simulator.account import RunRecord, largest_waves
 from ..simulator.costs import CostModel, as_one_walk, fit_costs
+from ..simulator.paths import PathCosts
 from ..simulator.policy.log import Entry
 from ..simulator.policy.spec import PolicySpec, make_spec
 from ..simulator.result import MemoryResult
@@ -27,7 +28,9 @@ from ..tracer.memory import measure_memory, spread_by_size
 from ..tracer.prompts import batches
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import LinkCurve, LinkProfile, MemoryPoint, ModelShape
-from .machine import Machine
+from .kv_rows import measure_kv_move
+from .machine import Machine, device_name, predictor_bytes
+from .paths.latency import measure_latency
 
 Places = Counter[tuple[int, int]]
 _MEMORY_SIZES = 3
@@ -62,19 +65,11 @@ class Calibration:
         """Run every calibration policy once and fit."""
         machine = self._machine
         shape = machine.loaded.shape
-        nothing = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
         runs: list[tuple[PolicySpec, RunRecord]] = []
         for spec in self.specs:
-            record, _ = machine.run(
-                spec,
-                self._prompts,
-                batch_size=self._batch_size,
-                max_new_tokens=self._max_new_tokens,
-                memory=nothing,
-            )
-            runs.append((spec, record))
+            runs.append((spec, self._run(spec)))
             advance(1)
-        return calibrate(
+        costs = calibrate(
             runs,
             shape=shape,
             group_s=measure_group_s(
@@ -88,10 +83,59 @@ class Calibration:
             memory=self._memory,
             chunk_bytes=CHUNK_BYTES,
         )
+        return replace(costs, kv_move=measure_kv_move(shape, machine.device))
+
+    def measure_paths(self, costs: CostModel) -> PathCosts | None:
+        """What the machine's path predictor costs beside the model, from a run of its own; None if it has none."""
+        if self._machine.paths is None:
+            return None
+        model, shape = self._machine.paths, self._machine.loaded.shape
+        spec = make_spec(slots=max(1, round(0.44 * shape.total_experts)), predictor="path")
+        found = path_costs(self._run(spec), costs, num_bytes=predictor_bytes(model))
+        latency = measure_latency(
+            model,
+            device_name(self._machine.device),
+            prompt_tokens=round(np.mean([len(prompt.token_ids) for prompt in self._prompts])),
+            most=2 * shape.top_k,
+        )
+        return replace(found, latency=latency)
+
+    def _run(self, spec: PolicySpec) -> RunRecord:
+        nothing = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
+        record, _ = self._machine.run(
+            spec,
+            self._prompts,
+            batch_size=self._batch_size,
+            max_new_tokens=self._max_new_tokens,
+            memory=nothing,
+        )
+        return record
+
+
+def path_costs(record: RunRecord, costs: CostModel, *, num_bytes: int) -> PathCosts:
+    """Seconds per layer event that a run waited for its path predictor and asked for its paths.
+
+    What asking for prefetches costs is taken off: `costs` charges it by the load.
+    """
+    _, prefetches = loads_by_event(record.log)
+    columns = record.steps
+    rows = zip(
+        columns["step"], columns["layer"], columns["phase"], columns["lookahead_s"], strict=True
+    )
+    seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+    for step, layer, phase, lookahead_s in rows:
+        if layer != WHOLE_STEP:
+            per_load = costs.phase(phase).lookahead.weights[2]
+            seconds[phase].append(lookahead_s - per_load * prefetches[(step, layer)])
+    return PathCosts(
+        event_s={
+            phase: max(0.0, float(np.mean(found or [0.0]))) for phase, found in seconds.items()
+        }
+    )
 
 
 def calibration_specs(shape: ModelShape) -> list[PolicySpec]:
-    """Runs that between them show every cost of demand loading: all hits, all misses, waves.
+    """Runs that between them show every cost of demand loading: all hits, all misses, waves in both phases.
 
     Their sizes are odd shares on purpose: nobody asks for them, so no judged run repeats one.
     """
@@ -102,6 +146,8 @@ def calibration_specs(shape: ModelShape) -> list[PolicySpec]:
         make_spec(slots=total, cache="static", popularity=even),
         make_spec(slots=max(1, round(0.94 * total)), cache="none"),
         make_spec(slots=max(1, round(0.31 * total)), cache="lru"),
+        # The events of a decode pass fit their slots, so without this nobody would know what a second wave costs there.
+        make_spec(slots=max(1, round(0.44 * total)), cache="lru", misses="resident_first"),
     ]
 
 

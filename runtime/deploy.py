@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from ..simulator.policy.spec import PolicyFile, PolicySpec, check_shape
-from ..simulator.result import Result
+from ..simulator.result import Result, TextChange
 from ..tracer.blocks import Tier
 from ..tracer.errors import ResourceError, UsageError
 from ..tracer.generate import Generated, Prompt
@@ -133,6 +134,18 @@ def same_text(one: Sequence[Generated], other: Sequence[Generated]) -> bool:
     return [g.token_ids for g in one] == [g.token_ids for g in other]
 
 
+def text_change(one: Sequence[Generated], resident: Sequence[Generated]) -> TextChange:
+    """How far a lossy run's text went from the resident model's."""
+    others = {g.sequence: g.token_ids for g in one}
+    pairs = [(others.get(g.sequence, []), g.token_ids) for g in resident]
+    return TextChange(
+        sequences=len(pairs),
+        sequences_changed=sum(mine != theirs for mine, theirs in pairs),
+        tokens=sum(max(len(mine), len(theirs)) for mine, theirs in pairs),
+        tokens_changed=sum(a != b for mine, theirs in pairs for a, b in zip_longest(mine, theirs)),
+    )
+
+
 def deploy(policy: PolicyFile, request: RunRequest, *, say: Callable[[str], None]) -> Result:
     """Run a policy for real and measure it."""
     prepared = prepare(request, policy)
@@ -157,6 +170,9 @@ def deploy(policy: PolicyFile, request: RunRequest, *, say: Callable[[str], None
             max_new_tokens=request.max_new_tokens,
         )
         is_same = same_text(outputs, reference) if reference is not None else None
-        return machine.result(record, spec, batch_size=request.batch_size, same_tokens=is_same)
+        result = machine.result(record, spec, batch_size=request.batch_size, same_tokens=is_same)
+        if reference is None or spec.is_lossless:
+            return result
+        return replace(result, text=text_change(outputs, reference))
     finally:
         machine.close()

@@ -15,15 +15,17 @@ from ..simulator.policy.replay import replay
 from ..simulator.policy.spec import PolicySpec
 from ..simulator.result import MemoryResult, Result
 from ..tracer.blocks import HostBlocks, Tier
-from ..tracer.generate import Generated, Prompt, greedy
+from ..tracer.generate import Generated, Prompt, StepObserver, greedy
 from ..tracer.load import LoadedModel
-from ..tracer.memory import SilentObserver, peaks
+from ..tracer.memory import METERED_PASSES, SilentObserver, peaks, peaks_of
 from ..tracer.probe import machine_name, provenance
 from ..tracer.prompts import batches
 from ..tracer.quantities import LinkSpec
+from ..tracer.timing import StepInfo
 from ..tracer.types import Origin
 from .paths.model import PathModel
 from .session import Session
+from .units import UnitLoop, units_of
 
 _WARM_UP_TOKENS = 3
 
@@ -94,13 +96,19 @@ class Machine:
         self._warm_up(spec, prompts[:1])
         measured = memory or self.peak_memory(spec, prompts, batch_size)
         with self.session(spec) as session, _no_collector():
-            outputs = self._generate(session, prompts, batch_size, max_new_tokens)
+            loop = self._loop(session, batch_size, max_new_tokens)
+            if loop is None:
+                outputs = self._generate(session, prompts, batch_size, max_new_tokens)
+            else:
+                outputs = loop.run(prompts)
             record = RunRecord(
                 steps=session.take_steps(),
                 copies=session.copies(),
                 log=session.log,
                 sequences=_sequence_times(prompts, outputs),
                 memory=measured,
+                regrouping=None if loop is None else loop.result(),
+                routing=session.routing.result() if session.routing is not None else None,
             )
         return record, outputs
 
@@ -129,8 +137,10 @@ class Machine:
         return replace(
             result,
             bounds=measured_bounds(result, record, spec, self.loaded.shape),
+            regrouping=record.regrouping,
             same_tokens=same_tokens,
             log_replays=replayed.is_exact,
+            routing=record.routing,
         )
 
     def peak_memory(
@@ -141,22 +151,55 @@ class Machine:
         Beside weights and slots, which are counted exactly, what is measured is the peak of all working
         tensors and KV cache together; the cache's own share is its tensors' size.
         """
-        largest = max(
-            batches(prompts, batch_size), key=lambda b: len(b) * max(len(p.token_ids) for p in b)
-        )
         with self.session(spec) as session:
             first = self.fill_cache(session, prompts[:1])
-            found = peaks(self.loaded, largest, self.device, observer=session, first_step=first)
+            if session.scheduler is None:
+                largest = max(batches(prompts, batch_size), key=_padded)
+                found = peaks(self.loaded, largest, self.device, observer=session, first_step=first)
+                positions = {info.step: info.batch * info.context for info, _ in found}
+            else:
+                found, positions = self._unit_peaks(session, prompts, batch_size, first)
             slots = session.store.arena.num_bytes
         info, peak = max(found, key=lambda item: item[1])
-        kv_bytes = self.loaded.shape.kv_bytes_per_token * info.batch * info.context
+        kv_bytes = self.loaded.shape.kv_bytes_per_token * positions[info.step]
         return MemoryResult(
             non_expert_weights=_parameter_bytes(self.loaded),
             slots=slots,
             kv_cache=min(kv_bytes, peak),
             activations=max(0, peak - kv_bytes),
-            predictor=_predictor_bytes(self.paths) if "paths" in spec.needs() else 0,
+            predictor=predictor_bytes(self.paths) if "paths" in spec.needs() else 0,
         )
+
+    def _loop(self, session: Session, batch_size: int, max_new_tokens: int) -> UnitLoop | None:
+        """Batches in turns, for policies that regroup them."""
+        if session.scheduler is None:
+            return None
+        return UnitLoop(self.loaded, session, batch_size=batch_size, max_new_tokens=max_new_tokens)
+
+    def _unit_peaks(
+        self, session: Session, prompts: Sequence[Prompt], batch_size: int, first_step: int
+    ) -> tuple[list[tuple[StepInfo, int]], dict[int, int]]:
+        """Peaks of the first passes of the largest unit, and the positions of its KV caches, by step."""
+        assert session.scheduler is not None
+        units = units_of(prompts, batch_size, session.scheduler.batches)
+        largest = max(units, key=lambda unit: sum(map(_padded, unit)))
+        loops: list[UnitLoop] = []
+
+        def generate(watch: StepObserver) -> None:
+            loop = UnitLoop(
+                self.loaded,
+                session,
+                batch_size=batch_size,
+                max_new_tokens=METERED_PASSES,
+                eos_ids=frozenset(),
+                observer=watch,
+                first_step=first_step,
+            )
+            loops.append(loop)
+            loop.run([prompt for batch in largest for prompt in batch])
+
+        found = peaks_of(generate, self.device, session)
+        return found, loops[0].kv_positions
 
     def _generate(
         self,
@@ -185,6 +228,11 @@ class Machine:
     def close(self) -> None:
         """Give back page locks and files."""
         self.blocks.close()
+
+
+def _padded(batch: Sequence[Prompt]) -> int:
+    """Tokens of the pass over a batch's prompts."""
+    return len(batch) * max(len(prompt.token_ids) for prompt in batch)
 
 
 def device_name(device: torch.device) -> str:
@@ -236,7 +284,8 @@ def _sequence_times(prompts: Sequence[Prompt], outputs: Sequence[Generated]) -> 
     ]
 
 
-def _predictor_bytes(model: PathModel | None) -> int:
+def predictor_bytes(model: PathModel | None) -> int:
+    """Bytes of a path predictor's weights; 0 without one."""
     return 0 if model is None else sum(p.numel() * p.element_size() for p in model.parameters())
 
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..simulator.account import CopyRow
-from ..simulator.policy.base import Demand, Facts, Load, Signals
+from ..simulator.policy.base import Demand, Facts, Load, Regrouping, Signals
 from ..simulator.policy.log import Entry
+from ..simulator.policy.registry import misses, predictors
 from ..simulator.policy.residency import Pool
 from ..simulator.policy.spec import PolicySpec
+from ..simulator.policy.units import regrouping_of
+from ..simulator.regroup import asks_paths
 from ..tracer.blocks import HostBlocks
 from ..tracer.copies import Copy
 from ..tracer.errors import UsageError
@@ -30,6 +34,7 @@ from ..tracer.types import ModelShape
 from .experts import OffloadedExperts
 from .paths.live import LivePaths
 from .paths.model import PathModel
+from .reroute import LiveRouting
 from .store import ExpertStore
 
 _FORGET_EVERY = 64
@@ -39,10 +44,11 @@ _FORGET_EVERY = 64
 class Session:
     """Runs `loaded` under `spec` until closed. The blocks outlive it, so policies can be compared.
 
-    Implements tracer.generate.StepObserver. Without `keep_log` only counters are kept, for sessions that
-    live long. `paths` is a trained path predictor, for policies that ask one. Raises PolicyError if the policy was
-    made for another shape, UsageError if it needs the future, gates the model does not have, or a predictor that is
-    not given.
+    Implements tracer.generate.StepObserver. If the policy regroups batches, `scheduler` does, and `chosen` holds the
+    experts [tokens, k] of the last pass's tokens by layer (runtime/units.py). Without `keep_log` only counters are
+    kept, for sessions that live long. `paths` is a trained path predictor, for policies that ask one. Raises
+    PolicyError if the policy was made for another shape, UsageError if it needs the future, gates the model does not
+    have, or a predictor that is not given.
     """
 
     def __init__(
@@ -62,25 +68,32 @@ class Session:
         self.outcomes = {"hits": 0, "lates": 0, "misses": 0}
         self.timer: StepTimer = step_timer(device)
         self._core = spec.build(loaded.shape, log=self.log if keep_log else None)
-        if spec.misses.name != "load":
+        if not getattr(misses.get(spec.misses.name), "loads_all", False):
             raise UsageError(
                 f"misses {spec.misses.name!r} cannot be deployed yet: the runtime loads every missing "
                 "expert. Use `--misses load`, or stay in the simulator."
             )
+        self.scheduler: Regrouping | None = regrouping_of(spec.build_scheduler())
+        self.chosen: dict[int, np.ndarray] | None = None if self.scheduler is None else {}
+        self.path_model: PathModel | None = None
         self._gates = [layer.gate for layer in loaded.layers]
         self.lookahead = self._lookahead_depth(spec)
         self.paths = self._live_paths(spec, paths)
-        self.store = ExpertStore(blocks, spec.slots, device, self.timer.now, link=link)
+        self.routing = LiveRouting(loaded, spec) if spec.reroutes else None
+        self.store = ExpertStore(
+            blocks, spec.slots, device, self.timer.now, link=link, writes_back=spec.writes_back
+        )
         self._step = -1
         self._is_prefill = True
         self.tokens: StepTokens | None = None
         self.reads_routing = spec.reads_routing
+        self.loads_whole_layers = spec.loads_whole_layers
         self.needs_weights = "gate_weights" in spec.needs()
         self._keeps_log = keep_log
         self._restore: Callable[[], None] = install(
             loaded.model, loaded.layers, lambda layer: OffloadedExperts(self, layer)
         )
-        self.store.wait(self.store.submit(-1, self._core.warm()), ())
+        self.store.wait(self.store.submit(-1, self._core.warm()))
 
     def pool(self, layer: int) -> Pool:
         """The pool a layer's experts live in."""
@@ -89,6 +102,10 @@ class Session:
     def gate(self, layer: int) -> nn.Module | None:
         """The router of a layer, None past the last."""
         return self._gates[layer] if layer < len(self._gates) else None
+
+    def prepare(self) -> None:
+        """What follows is done for the next pass, before it begins."""
+        self.timer.prepare()
 
     def begin_step(self, info: StepInfo, tokens: StepTokens | None = None) -> None:
         """A forward pass starts."""
@@ -149,6 +166,8 @@ class Session:
         """Give the model its stock experts function back and stop copying."""
         self._restore()
         self.store.close()
+        if self.routing is not None:
+            self.routing.close()
         if self.paths is not None:
             self.paths.close()
 
@@ -162,7 +181,7 @@ class Session:
             return None
         if model is None:
             raise UsageError(
-                f"predictor {spec.predictor.name!r} needs a trained path predictor: `deploy POLICY --paths DIR`, or "
+                f"{asks_paths(spec)} needs a trained path predictor: `deploy POLICY --paths DIR`, or "
                 "offload(…, paths=DIR). Make one with `expertflow-trace train-predictor TRACE --out DIR`."
             )
         wanted = (self.shape.num_moe_layers, self.shape.num_experts, self.shape.top_k)
@@ -172,6 +191,9 @@ class Session:
                 f"The path predictor is for (layers, experts, top-k) {got}, but {self.shape.model_id} has {wanted}. "
                 "Train one on a trace of this model."
             )
+        self.path_model = model
+        if "paths" not in predictors.get(spec.predictor.name).needs:
+            return None  # the scheduler asks before passes begin
         return LivePaths(model, 2 * self.shape.top_k)
 
     def _lookahead_depth(self, spec: PolicySpec) -> int:

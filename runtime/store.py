@@ -31,6 +31,7 @@ class ExpertStore:
         now: Callable[[], float],
         *,
         link: LinkSpec | None = None,
+        writes_back: bool = False,
     ) -> None:
         self.blocks = blocks
         self.arena = SlotArena(blocks.layout, slots, device)
@@ -38,6 +39,9 @@ class ExpertStore:
         self._flying: dict[ExpertKey, Copy] = {}
         self._rows: list[CopyRow] = []
         self._bytes = 0
+        # Weights do not change: what comes back is the same, and nobody reads it.
+        block = blocks.block(ExpertKey(0, 0))
+        self._back = torch.empty_like(block, pin_memory=blocks.pinned) if writes_back else None
 
     @property
     def pinned(self) -> bool:
@@ -51,7 +55,14 @@ class ExpertStore:
     def submit(self, step: int, loads: Sequence[Load]) -> list[Copy]:
         """Start loads; returns their copies, to wait for."""
         copies = [
-            Copy(load.key, self.blocks.block(load.key), self.arena.slot(load.slot), load.why, step)
+            Copy(
+                load.key,
+                self.blocks.block(load.key),
+                self.arena.slot(load.slot),
+                load.why,
+                step,
+                back=self._back if load.evicts is not None else None,
+            )
             for load in loads
         ]
         for copy in copies:
@@ -60,18 +71,18 @@ class ExpertStore:
         self._engine.submit(copies)
         return copies
 
-    def wait(self, copies: Sequence[Copy], late: Sequence[ExpertKey]) -> bool:
-        """Make compute wait for demand copies and for prefetches that are late.
-
-        Returns whether there was anything to wait for.
-        """
+    def hurry(self, late: Sequence[ExpertKey]) -> list[Copy]:
+        """Let prefetches that are late go first; returns their copies, to wait for."""
         flying = [self._flying.pop(key) for key in late]
         for copy in flying:
             self._engine.promote(copy)
-        needed = [*flying, *copies]
-        if needed:
-            self._engine.wait(needed)
-        return bool(needed)
+        return flying
+
+    def wait(self, copies: Sequence[Copy]) -> bool:
+        """Make compute wait for copies. Returns whether there was anything to wait for."""
+        if copies:
+            self._engine.wait(copies)
+        return bool(copies)
 
     def cancel(self, key: ExpertKey) -> None:
         """Give up a prefetch."""
@@ -100,7 +111,7 @@ class ExpertStore:
 
     def _collect(self) -> None:
         for copy in self._engine.take_records():
-            moved = copy.source.numel() if not copy.is_cancelled else copy.moved
+            moved = copy.num_bytes if not copy.is_cancelled else copy.moved
             self._rows.append(
                 CopyRow(
                     copy.key,

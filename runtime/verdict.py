@@ -61,7 +61,12 @@ def _spread(one: float, two: float) -> float:
 
 
 def judge(
-    label: str, pairs: Sequence[Pair], same_tokens: bool, noise: Mapping[str, float]
+    label: str,
+    pairs: Sequence[Pair],
+    same_tokens: bool,
+    noise: Mapping[str, float],
+    *,
+    is_lossless: bool = True,
 ) -> VerifiedRun:
     """Compare one configuration's pairs; each gap is the median over the pairs."""
     causes = time_causes(pairs)
@@ -76,6 +81,7 @@ def judge(
         same_tokens=same_tokens,
         log_replays=all(pair.measured.log_replays for pair in pairs),
         causes=causes,
+        is_lossless=is_lossless,
     )
 
 
@@ -118,6 +124,7 @@ def time_causes(pairs: Sequence[Pair]) -> dict[str, float]:
         "decision_s",
         "readback_s",
         "lookahead_s",
+        "schedule_s",
         "other_s",
     )
     causes: dict[str, float] = {}
@@ -151,13 +158,14 @@ def summarise(
     gaps = [abs(c.gap) for c in checks if c.quantity == "tokens_per_s"]
     variation = noise["tokens_per_s"]
     is_ordered = order_is_preserved(runs, variation)
-    is_same = all(run.same_tokens for run in runs)
+    is_same = all(run.same_tokens for run in runs if run.is_lossless)
     replays = all(run.log_replays for run in runs)
     validated = not failed and is_ordered and is_same and replays
     facts = (
         f"{len(runs)} configurations: throughput off by {np.median(gaps):.1%} in the median and "
         f"{max(gaps):.1%} at worst; two runs of the same configuration differ by {variation:.1%}."
     )
+    facts += "".join(f" {_loss(run)}" for run in runs if not run.is_lossless)
     problems = [
         *([] if is_same else ["the text differs from the resident model's"]),
         *([] if replays else ["a decision log does not replay"]),
@@ -178,6 +186,13 @@ def summarise(
             else ()
         ),
     )
+
+
+def _loss(run: VerifiedRun) -> str:
+    """What a lossy configuration did to the text, as no promise is made of it."""
+    texts = [measured.text for measured in run.measured if measured.text is not None]
+    changed, tokens = sum(t.tokens_changed for t in texts), sum(t.tokens for t in texts)
+    return f"{run.label} is LOSSY: {changed} of {tokens} generated tokens differ from the resident model's."
 
 
 def order_is_preserved(runs: Sequence[VerifiedRun], noise: float) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..simulator.costs import CostModel
 from ..simulator.forecast import Forecaster
+from ..simulator.paths import PathCosts
 from ..simulator.policy.spec import PolicyFile, PolicySpec, make_spec
 from ..simulator.result import MemoryResult, Result, Verdict
 from ..simulator.workload import Workload, workload_of
@@ -31,8 +33,11 @@ from ..tracer.tracing import recorded_names
 from ..tracer.types import RunSettings
 from ..tracer.writer import TraceWriter
 from .calibrate import Calibration
-from .deploy import Prepared, RunRequest, prepare, same_text
+from .deploy import Prepared, RunRequest, path_predictor, prepare, same_text, text_change
 from .machine import Machine, device_name
+from .paths.data import routed
+from .paths.model import PathModel
+from .paths.predict import path_table
 from .verdict import Pair, judge, noise_of, summarise
 
 SHARES = (0.25, 0.75)
@@ -85,7 +90,10 @@ def verify(
     )
     has_gates = all(layer.gate is not None for layer in prepared.loaded.layers)
     depth = max(1, policy.behaviour.lookahead_depth) if has_gates else 0
-    reference = _reference(prepared, judged, request.run, depth)
+    paths = path_predictor(request.run.paths, prepared.device, policy.shape)
+    # Another routing is predicted from what the gates gave all experts.
+    scores = policy.shape.num_experts if policy.behaviour.reroutes else 0
+    reference = _reference(prepared, judged, request.run, depth, paths, scores)
     learned = _reference(prepared, calibration, request.run, depth)
     machine = Machine(
         prepared.loaded,
@@ -94,6 +102,7 @@ def verify(
         tier=prepared.tier,
         pin=request.run.pin,
         trace_id=policy.trace,
+        paths=paths,
     )
     try:
         specs = configurations(policy.behaviour, learned.workload)
@@ -137,7 +146,7 @@ def configurations(spec: PolicySpec, workload: Workload) -> list[PolicySpec]:
 
 def count_runs(repeats: int) -> int:
     """Upper bound of timed runs, for the progress bar: calibration, configurations, control."""
-    return repeats * (5 + 10 + 1)
+    return repeats * (6 + 10 + 1)
 
 
 class _Trial:
@@ -166,7 +175,8 @@ class _Trial:
         self, runs: Sequence[_Measured], advance: Callable[[int], None]
     ) -> tuple[Result, Result]:
         """One round of pairs. Returns the base configuration's two measurements, for the noise."""
-        forecaster = self._forecaster(self._calibrator.measure(advance))
+        costs = self._calibrator.measure(advance)
+        forecaster = self._forecaster(costs, self._calibrator.measure_paths(costs))
         predicted = [forecaster.predict(run.spec) for run in runs]
         base: list[Result] = []
         for run, forecast in zip(runs, predicted, strict=True):
@@ -179,7 +189,7 @@ class _Trial:
         advance(1)
         return base[0], base[1]
 
-    def _forecaster(self, costs: CostModel) -> Forecaster:
+    def _forecaster(self, costs: CostModel, path_costs: PathCosts | None) -> Forecaster:
         machine = self._machine
         return Forecaster(
             workload=self._reference.workload,
@@ -192,6 +202,7 @@ class _Trial:
             submit_s=0.0,
             decision_is_measured=True,
             provenance=provenance(0, "own-generation"),
+            path_costs=path_costs,
         )
 
     def _measure(self, run: _Measured) -> Result:
@@ -206,20 +217,28 @@ class _Trial:
         )
         is_same = same_text(outputs, self._reference.outputs)
         run.same_tokens = run.same_tokens and is_same
-        return self._machine.result(
+        result = self._machine.result(
             record, run.spec, batch_size=self._run.batch_size, same_tokens=is_same
         )
+        if run.spec.is_lossless:
+            return result
+        return replace(result, text=text_change(outputs, self._reference.outputs))
 
 
 def _reference(
-    prepared: Prepared, prompts: Sequence[Prompt], run: RunRequest, lookahead: int
+    prepared: Prepared,
+    prompts: Sequence[Prompt],
+    run: RunRequest,
+    lookahead: int,
+    paths: PathModel | None = None,
+    scores: int = 0,
 ) -> _Reference:
     """Trace the resident model in place: its text is the standard, its routing the workload."""
     loaded, device = prepared.loaded, prepared.device
     loaded.model.to(device)
     numbered = [Prompt(number, prompt.token_ids) for number, prompt in enumerate(prompts)]
     texts = [PromptText(str(prompt.sequence), "", "") for prompt in numbered]
-    recording = Recording(lookahead=lookahead, weights=False)
+    recording = Recording(lookahead=lookahead, weights=scores > 0, scores=scores)
     with tempfile.TemporaryDirectory(prefix="expertflow-verify-") as folder:
         out = Path(folder) / "trace"
         recorder = Recorder(loaded, None, device, recording)
@@ -247,7 +266,6 @@ def _reference(
                 recorder,
                 numbered,
                 texts,
-                writer,
                 batch_size=run.batch_size,
                 max_new_tokens=run.max_new_tokens,
                 make=lambda layer: ResidentExperts(recorder, layer),
@@ -255,7 +273,13 @@ def _reference(
             )
             recorder.write()
             writer.close()
-        workload = workload_of(Trace.open(out))
+        trace = Trace.open(out)
+        workload = workload_of(trace)
+        if paths is not None:
+            found = routed(trace)
+            everybody = np.arange(len(found.number))
+            most = 2 * loaded.shape.top_k
+            workload = workload.with_paths(path_table(paths, found, everybody, most))
     return _Reference(outputs, workload)
 
 
@@ -284,6 +308,15 @@ def _verdict(
     runs: Sequence[_Measured], controls: Sequence[tuple[Result, Result]], prepared: Prepared
 ) -> Verdict:
     noise = noise_of(controls)
-    verified = [judge(run.spec.label, run.pairs, run.same_tokens, noise) for run in runs]
+    verified = [
+        judge(
+            run.spec.label,
+            run.pairs,
+            run.same_tokens,
+            noise,
+            is_lossless=run.spec.is_lossless,
+        )
+        for run in runs
+    ]
     emulated = prepared.link.text if prepared.link else ""
     return summarise(verified, noise, emulated_link=emulated)

@@ -15,17 +15,21 @@ import numpy as np
 
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import ExpertKey, ModelShape, Origin, Provenance, Why
+from .accuracy import logged_accuracy
 from .outcomes import prefetch_outcomes
 from .policy.log import Entry
 from .policy.spec import PolicySpec
 from .result import (
+    Accuracy,
     ArrivalResult,
     Bounds,
     MemoryResult,
     Percentiles,
     PhaseResult,
     PrefetchResult,
+    RegroupingResult,
     Result,
+    RoutingResult,
     Source,
     TimeSplit,
 )
@@ -72,6 +76,7 @@ class RunRecord:
     """Raw rows of one run. `steps` are columns as in the trace's steps table.
 
     `link_busy_s` is the time the link spent on copies, if the run counted it; else it is worked out of them.
+    `regrouping` is what became of batches that were regrouped, `routing` of the router's choices under a lossy one.
     """
 
     steps: Mapping[str, Sequence[Any]]
@@ -80,19 +85,23 @@ class RunRecord:
     sequences: Sequence[SequenceTimes]
     memory: MemoryResult
     link_busy_s: float | None = None
+    regrouping: RegroupingResult | None = None
+    routing: RoutingResult | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepTotals:
     """What each forward pass took, demanded and moved: one array entry per pass.
 
-    `laps_s` are sums over the pass's layers by name (LAPS). `bytes_moved` counts copies by the pass that asked for
+    `laps_s` are sums over the pass's layers by name (LAPS), `schedule_s` is spent before the pass on who runs in which
+    batch and counts in `total_s`. `bytes_moved` counts copies by the pass that asked for
     them, those before the first pass left out.
     """
 
     is_decode: np.ndarray
     total_s: np.ndarray
     laps_s: Mapping[str, np.ndarray]
+    schedule_s: np.ndarray
     events: np.ndarray
     distinct: np.ndarray
     hits: np.ndarray
@@ -110,6 +119,7 @@ class RunTotals:
     sequences: Sequence[SequenceTimes]
     link_busy_s: float
     memory: MemoryResult
+    accuracy: Accuracy | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +197,7 @@ def summarize(
         decode=decode,
         prefetch=totals.prefetch,
         bounds=bounds or Bounds(),
+        accuracy=totals.accuracy,
         arrivals=arrivals,
         provenance=context.provenance,
         warnings=context.warnings,
@@ -242,6 +253,9 @@ def totals_of(record: RunRecord) -> RunTotals:
             is_decode=phases[is_whole] == "decode",
             total_s=np.asarray(columns.get("total_s", ()), dtype=np.float64)[is_whole],
             laps_s={name: by_layer(name) for name in LAPS},
+            schedule_s=np.asarray(columns.get("schedule_s", np.zeros(len(number))), np.float64)[
+                is_whole
+            ],
             events=np.bincount(place, minlength=len(whole)),
             distinct=by_layer("distinct").astype(np.int64),
             hits=outcomes["hit"],
@@ -253,6 +267,7 @@ def totals_of(record: RunRecord) -> RunTotals:
         sequences=record.sequences,
         link_busy_s=_covered_s(record.copies) if record.link_busy_s is None else record.link_busy_s,
         memory=record.memory,
+        accuracy=logged_accuracy(record.log),
     )
 
 
@@ -283,6 +298,7 @@ def _covered_s(copies: Sequence[CopyRow]) -> float:
 
 def _split(steps: StepTotals) -> TimeSplit:
     parts = {name: float(seconds.sum()) for name, seconds in steps.laps_s.items()}
+    parts["schedule_s"] = float(steps.schedule_s.sum())
     total = float(steps.total_s.sum())
     return TimeSplit(total_s=total, other_s=total - sum(parts.values()), **parts)
 

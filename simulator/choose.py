@@ -12,7 +12,8 @@ from .feasible import builtin_space
 from .forecast import Forecaster
 from .judge import Judge, judge_of
 from .pareto import pareto
-from .policy.spec import PolicySpec, make_spec
+from .policy.spec import AS_ROUTED, IN_ORDER, Member, PolicySpec, make_spec
+from .reroute import rerouted
 from .result import Result, Sensitivity, Tuning
 from .space import Budget, Point, grid, rival_points
 
@@ -88,21 +89,26 @@ def tune(
     budgets: Sequence[Budget],
     goals: Goals = Goals(),
     advance: Callable[[int], None] = lambda _: None,
+    routing: Member = AS_ROUTED,
+    scheduler: Member = IN_ORDER,
 ) -> Choice:
     """Predict every policy of the built-in space and choose the fastest at the first budget that meets the goals.
 
-    Of policies that are equally fast within 1 % it is the plainest: small leads come and go with the minute.
+    Of policies that are equally fast within 1 % it is the plainest: small leads come and go with the minute. A lossy
+    `routing` is never chosen by itself, as speed alone would always ask for more loss: name it, and all are
+    tried with it; so with a `scheduler`, which makes other batches of the recorded ones.
 
     What a policy learns (popularity, hit curves) comes from half of the batches; all are judged on the other half. The
     chosen policy is then given what the whole trace teaches. Where no budget meets the goals the fastest of the
     last one is returned, and `tuning.meets_goals` is false.
     """
-    lessons = {need for point in _points(forecaster, budgets[0]) for need in point.needs}
-    judge = judge_of(forecaster, with_curves=True, lessons=lessons)
+    points = _points(forecaster, budgets[0], routing, scheduler)
+    lessons = {need for point in points for need in point.needs}
+    judge = judge_of(forecaster, with_curves=True, lessons=lessons, routing=routing)
     tried: Tried = []
     count, budget = 0, budgets[0]
     for budget in budgets:
-        tried = _predict_all(judge, budget, advance)
+        tried = _predict_all(judge, budget, (routing, scheduler), advance)
         count += len(tried)
         if any(goals.are_met(result) for _, result in tried):
             break
@@ -117,7 +123,8 @@ def tune(
     )
     candidates = (predicted, *(result for _, result in ordered[1:]))
     finalists = _finalists(ordered)
-    bounds = _bounds(judge.forecaster, budget.slots)
+    bounds = _bounds(judge.forecaster, budget.slots, routing, scheduler)
+    judged = rerouted(judge.forecaster.workload, routing)
     tuning = Tuning(
         trace_id=forecaster.trace_id,
         budget=budget.text,
@@ -126,7 +133,7 @@ def tune(
         explanation=(),
         candidates=_kept(candidates),
         bounds=bounds,
-        curve=tuple(capacity_curve(judge.forecaster.workload, forecaster.shape, judge.popularity)),
+        curve=tuple(capacity_curve(judged, forecaster.shape, judge.popularity)),
         provenance=forecaster.provenance,
         margin=gain(predicted, second),
         goals=goals.as_mapping(),
@@ -136,28 +143,33 @@ def tune(
         tried=count,
     )
     words = explain(candidates, tuning, forecaster, str(goals))
-    final = judge_of(forecaster, with_curves=True, lessons=point.needs, learn_from_all=True).spec(
-        point
-    )
+    final = judge_of(
+        forecaster, with_curves=True, lessons=point.needs, learn_from_all=True, routing=routing
+    ).spec(point)
     return Choice(final, predicted, replace(tuning, explanation=words))
 
 
 def runs_of(forecaster: Forecaster, budgets: Sequence[Budget]) -> int:
     """Predictions that `tune` makes at most: for a progress bar."""
-    points = len(_points(forecaster, budgets[0]))
+    points = len(_points(forecaster, budgets[0], AS_ROUTED))
     finalists = min(points, _FINALISTS + 2)
     return points * len(budgets) + finalists * (len(LADDER) + len(_CHANGES))
 
 
-def _points(forecaster: Forecaster, budget: Budget) -> list[Point]:
-    space = builtin_space(forecaster.workload, forecaster.costs, [budget])
-    return [*grid(space), *rival_points(space)]
+def _points(
+    forecaster: Forecaster, budget: Budget, routing: Member, scheduler: Member = IN_ORDER
+) -> list[Point]:
+    space = builtin_space(forecaster.workload, forecaster.costs, [budget], routing=routing)
+    found = [*grid(space), *rival_points(space)]
+    return [replace(point, members={**point.members, "scheduler": scheduler}) for point in found]
 
 
-def _predict_all(judge: Judge, budget: Budget, advance: Callable[[int], None]) -> Tried:
+def _predict_all(
+    judge: Judge, budget: Budget, fixed: tuple[Member, Member], advance: Callable[[int], None]
+) -> Tried:
     """Every policy at one budget, fastest first; on a tie the simpler one."""
     tried: Tried = []
-    for point in _points(judge.forecaster, budget):
+    for point in _points(judge.forecaster, budget, *fixed):
         tried.append((point, judge.result(point)))
         advance(1)
     return sorted(tried, key=lambda pair: (-pair[1].tokens_per_s, plainness(pair[1])))
@@ -238,9 +250,14 @@ def _sensitivity(
     return tuple(found)
 
 
-def _bounds(forecaster: Forecaster, slots: int) -> tuple[Result, ...]:
+def _bounds(
+    forecaster: Forecaster, slots: int, routing: Member, scheduler: Member
+) -> tuple[Result, ...]:
     specs = [
-        make_spec(slots=slots, cache="belady"),
-        make_spec(slots=slots, cache="lru", predictor="oracle"),
+        replace(spec, routing=routing, scheduler=scheduler)
+        for spec in (
+            make_spec(slots=slots, cache="belady"),
+            make_spec(slots=slots, cache="lru", predictor="oracle"),
+        )
     ]
     return tuple(forecaster.predict(spec, with_bounds=False) for spec in specs)

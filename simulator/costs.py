@@ -75,7 +75,8 @@ class CostModel:
     slot more (or less) in a pool adds. `copy_s` and `wake_s` describe the link as the engine sees it:
     seconds per copy of one expert, and per wait. `memory` are measured peaks of working tensors;
     `gathered_bytes_per_token` is the size of the tensor in which waves gather their rows. `cpu_expert` is the
-    time of one expert on the CPU by (1, tokens); all zero if nobody measured or declared it.
+    time of one expert on the CPU by (1, tokens); all zero if nobody measured or declared it. So is `kv_move`, of
+    copying keys and values on the device, by (rows, bytes).
     """
 
     prefill: PhaseCosts
@@ -90,6 +91,7 @@ class CostModel:
     gathered_bytes_per_token: int = 0
     memory: tuple[MemoryPoint, ...] = ()
     cpu_expert: Linear = NOT_MEASURED
+    kv_move: Linear = NOT_MEASURED
 
     def phase(self, phase: Phase) -> PhaseCosts:
         """The costs of a phase."""
@@ -137,6 +139,11 @@ class CostModel:
     def has_cpu(self) -> bool:
         """Whether the time of an expert on the CPU is known."""
         return any(self.cpu_expert.weights)
+
+    @property
+    def has_waves(self) -> bool:
+        """Whether it is known what one more wave costs in a decode pass."""
+        return self.decode.experts.weights[5] > 0.0
 
     def cpu_times(self) -> dict[str, float] | None:
         """What members that compute misses on the CPU need to know; None if it is not known."""
@@ -186,9 +193,9 @@ class CostModel:
         return fitted @ asked
 
     def with_link(self, link: LinkSpec) -> CostModel:
-        """The same machine behind a declared link."""
+        """The same machine behind another link."""
         copy_s = link.copy_s(self.expert_bytes)
-        return replace(self, copy_s=copy_s, busy_copy_s=copy_s)
+        return replace(self, copy_s=copy_s, busy_copy_s=copy_s * link.busy_factor)
 
     def with_predictor_latency(self, latency_s: float, *, has_gates: bool = False) -> CostModel:
         """Charge a predictor's time for every event: beside gates applied early, or in place of them.
@@ -203,6 +210,19 @@ class CostModel:
             return replace(costs, lookahead=replace(costs.lookahead, weights=weights))
 
         return replace(self, prefill=charged(self.prefill), decode=charged(self.decode))
+
+    def with_routing(self, prefill_s: float, decode_s: float) -> CostModel:
+        """Charge a routing's own time for every event of a phase."""
+
+        def charged(costs: PhaseCosts, event_s: float) -> PhaseCosts:
+            own_s, *others = costs.decision.weights
+            return replace(costs, decision=Linear((own_s + event_s, *others)))
+
+        return replace(
+            self,
+            prefill=charged(self.prefill, prefill_s),
+            decode=charged(self.decode, decode_s),
+        )
 
     def scaled(self, *, link: float = 1.0, compute: float = 1.0) -> CostModel:
         """The same machine with every copy, or all computation, so many times as slow."""

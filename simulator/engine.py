@@ -30,6 +30,7 @@ from .policy.log import Entry
 from .policy.residency import Residency
 from .policy.spec import PolicySpec
 from .source import Source, source_of
+from .whole_layers import as_demanded
 from .workload import EventDemand, StepDemand, Workload
 
 
@@ -42,6 +43,7 @@ class _Copy:
     step: int
     queued_s: float
     done: simpy.Event
+    chunks: int
     chunks_left: int
     is_urgent: bool
     is_cancelled: bool = False
@@ -63,8 +65,11 @@ class _ChunkEnd(simpy.Event):
 class Link:
     """The serial way to the device. One chunk at a time; demand goes first at every chunk."""
 
-    def __init__(self, env: simpy.Environment, costs: CostModel) -> None:
+    def __init__(
+        self, env: simpy.Environment, costs: CostModel, *, writes_back: bool = False
+    ) -> None:
         self._env = env
+        self._writes_back = writes_back
         self._demand: deque[_Copy] = deque()
         self._prefetch: deque[_Copy] = deque()
         self._asked = env.event()
@@ -80,23 +85,25 @@ class Link:
 
     def submit(self, step: int, loads: Sequence[Load]) -> list[_Copy]:
         """Ask for copies."""
-        copies = [
-            _Copy(
-                load.key,
-                load.why,
-                step,
-                self._env.now,
-                self._env.event(),
-                self.chunks,
-                load.why == "demand",
-            )
-            for load in loads
-        ]
+        copies = [self._copy(step, load) for load in loads]
         for copy in copies:
             self._queue(copy).append(copy)
         if copies and not self._asked.triggered:
             self._asked.succeed()
         return copies
+
+    def _copy(self, step: int, load: Load) -> _Copy:
+        ways = 2 if self._writes_back and load.evicts is not None else 1
+        return _Copy(
+            load.key,
+            load.why,
+            step,
+            self._env.now,
+            self._env.event(),
+            ways * self.chunks,
+            ways * self.chunks,
+            load.why == "demand",
+        )
 
     def promote(self, copy: _Copy) -> None:
         """A late prefetch goes first."""
@@ -178,7 +185,7 @@ class Simulation:
         self._core: Residency = spec.build(shape, future=future, log=self.log)
         self._depth = spec.lookahead_depth
         self._env = simpy.Environment()
-        self._link = Link(self._env, costs)
+        self._link = Link(self._env, costs, writes_back=spec.writes_back)
         self._flying: dict[ExpertKey, _Copy] = {}
         self._times = _Times()
         self._recent = NO_TRAFFIC
@@ -216,18 +223,20 @@ class Simulation:
     ) -> Generator[simpy.Event, Any, None]:
         start = self._env.now
         self._walked.append(step)
+        before = {"schedule_s": 0.0}
+        yield from self._compute(before, "schedule_s", step.overhead_s)
         for number in workload.events_of(place):
             event = workload.event(number, is_prefill=step.phase == "prefill")
             yield from self._event(workload, number, step, event)
         head_s = self._costs.head_s(step.phase, step.batch, step.tokens)
         yield from self._compute(dict.fromkeys(LAPS, 0.0), "experts_s", head_s)
-        self._write(step, WHOLE_STEP, start, dict.fromkeys(LAPS, 0.0), 0, 0)
+        self._write(step, WHOLE_STEP, start, dict.fromkeys(LAPS, 0.0) | before, 0, 0)
 
     def _event(
         self, workload: Workload, number: int, step: StepDemand, event: EventDemand
     ) -> Generator[simpy.Event, Any, None]:
         costs, phase, start = self._costs, step.phase, self._env.now
-        laps = dict.fromkeys(LAPS, 0.0)
+        laps = dict.fromkeys((*LAPS, "schedule_s"), 0.0)
         mixer_s = costs.mixer_s(phase, step.tokens, step.context, self._recent)
         yield from self._compute(laps, "mixer_s", mixer_s)
         yield from self._compute(laps, "readback_s", costs.phase(phase).readback_s)
@@ -238,6 +247,7 @@ class Simulation:
         cpu_end_s = self._env.now + self._cpu_s(answer, event)
         traffic = Traffic(loads, 0)
         on_device = len(event.experts) - len(answer.on_cpu)
+        needed: list[_Copy] = []
         for wave in answer.waves:
             copies = self._link.submit(step.step, wave.loads)
             if wave is answer.waves[-1]:
@@ -249,7 +259,10 @@ class Simulation:
                     yield from self._compute(laps, "lookahead_s", lookahead_s)
                 for copy in self._link.submit(step.step, asked):
                     self._flying[copy.key] = copy
-            yield from self._wait(laps, copies, wave.late)
+            needed += [*self._hurry(wave.late), *copies]
+            if wave.waits:
+                yield from self._wait(laps, needed)
+                needed = []
             if wave.experts:
                 total_s = costs.experts_s(
                     phase,
@@ -293,13 +306,15 @@ class Simulation:
             self._link.is_computing = False
             laps[name] += seconds
 
-    def _wait(
-        self, laps: dict[str, float], copies: Sequence[_Copy], late: Sequence[ExpertKey]
-    ) -> Generator[simpy.Event, Any, None]:
+    def _hurry(self, late: Sequence[ExpertKey]) -> list[_Copy]:
         flying = [self._flying.pop(key) for key in late]
         for copy in flying:
             self._link.promote(copy)
-        needed = [*flying, *copies]
+        return flying
+
+    def _wait(
+        self, laps: dict[str, float], needed: Sequence[_Copy]
+    ) -> Generator[simpy.Event, Any, None]:
         began = self._env.now
         for copy in needed:
             copy.needed_s = began
@@ -342,7 +357,7 @@ class Simulation:
         )
 
     def _copy_row(self, copy: _Copy) -> CopyRow:
-        moved = self._link.chunks - copy.chunks_left
+        moved = copy.chunks - copy.chunks_left
         return CopyRow(
             copy.key,
             copy.why,
@@ -359,4 +374,4 @@ def simulate(
     source: Workload | Source, spec: PolicySpec, shape: ModelShape, costs: CostModel
 ) -> RunRecord:
     """Run a workload (or what arrives) under a policy on the virtual machine `costs`."""
-    return Simulation(source_of(source), spec, shape, costs).run()
+    return Simulation(source_of(as_demanded(source, spec)), spec, shape, costs).run()

@@ -10,7 +10,9 @@ from .account import RunTotals, totals_of
 from .costs import CostModel
 from .engine import simulate
 from .policy.spec import PolicySpec
+from .reroute import rerouted_source
 from .source import Recorded, Source
+from .whole_layers import as_demanded
 from .workload import Workload
 
 Engine = Literal["compiled", "reference"]
@@ -28,15 +30,19 @@ def engine_for(spec: PolicySpec) -> Engine:
 def run(
     source: Workload | Source, spec: PolicySpec, shape: ModelShape, costs: CostModel
 ) -> tuple[RunTotals, Engine]:
-    """Run a workload, or what arrives, under a policy; which engine it was is the second value."""
+    """Run a workload, or what arrives, under a policy; which engine it was is the second value.
+
+    The policy's routing is applied here, for both engines (reroute.py), and so is layer streaming (whole_layers.py).
+    """
     engine = engine_for(spec)
+    if isinstance(source, Recorded):
+        source = source.workload
+    source = as_demanded(rerouted_source(source, spec.routing), spec)
     if engine == "reference":
         return totals_of(simulate(source, spec, shape, costs)), engine
     from .compiled.replay import replay
     from .compiled.server import serve
 
-    if isinstance(source, Recorded):
-        source = source.workload
     if isinstance(source, Workload):
         return replay(source, spec, shape, costs), engine
     return serve(source, spec, shape, costs), engine

@@ -33,6 +33,8 @@ def explain(
         f"{best.bounds.share_of_best:.0%} of what the link allows; with everything resident it would be "
         f"{limit:.1f} tokens/s."
     )
+    if best.routing is not None:
+        lines.append(best.routing.finding)
     if best.worth is not None:
         lines.append(f"Prefetch: {best.worth.finding}")
     lines += [_ratio_line(best), *_sensitivity_lines(tuning)]

@@ -16,17 +16,21 @@ from ..tracer.quantities import LinkSpec
 from ..tracer.store import Trace
 from ..tracer.types import ModelShape, Origin, Provenance
 from .account import RunContext, RunRecord, summarize
+from .accuracy import taped_accuracy
 from .bounds import clairvoyant
 from .costs import CostModel, as_one_walk, fit_costs
 from .engine import simulate
-from .engines import run
+from .engines import engine_for, run
+from .layer_times import layer_times
 from .lessons import has_token_ids
 from .machine import MachineFile
 from .paths import PathCosts
 from .policy.future import Future
-from .policy.registry import predictors
+from .policy.registry import misses, predictors
 from .policy.spec import Member, PolicySpec, check_shape
-from .result import Bounds, PrefetchWorth, Result
+from .regroup import asks_paths, charged, in_units, notes_on, require_arrivals, with_kv_move
+from .reroute import measure_routing_s, rerouted, rerouted_source, routing_result
+from .result import Accuracy, Bounds, PrefetchWorth, RegroupingResult, Result
 from .serving import Serving
 from .source import Source
 from .workload import Workload, workload_of
@@ -42,7 +46,8 @@ class Forecaster:
     `decision_is_measured` says that the rows behind `costs` hold the policy's time already; otherwise each
     policy's own code is timed here, on this machine, before it is charged; once for each set of members, so that
     predictions differ by the policies and not by the minute (`decisions_s`). `is_declared` says that nobody
-    measured this machine. `path_costs` is the path predictor's own time, charged to policies that use it.
+    measured this machine. `path_costs` is the path predictor's own time, charged to policies that use it. `regrouping`
+    is what became of the recorded batches if `workload` is a regrouped one.
     """
 
     workload: Workload
@@ -59,6 +64,7 @@ class Forecaster:
     warnings: tuple[str, ...] = ()
     decisions_s: dict[tuple[str, ...], float] = field(default_factory=dict, compare=False)
     path_costs: PathCosts | None = None
+    regrouping: RegroupingResult | None = None
 
     def predict(
         self, spec: PolicySpec, *, with_bounds: bool = True, serving: Serving | None = None
@@ -68,13 +74,12 @@ class Forecaster:
         Raises UsageError if the trace or the machine lacks what the policy needs.
         """
         self.require(spec)
+        if serving is None and (units := self.in_units(spec)) is not self:
+            return units.predict(spec, with_bounds=with_bounds)
         source: Workload | Source = self.workload
         context = self._context(spec)
         if serving is not None:
-            if "paths" in spec.needs():
-                raise UsageError(
-                    f"predictor {spec.predictor.name!r} follows the recorded batches only; leave --arrivals out."
-                )
+            require_arrivals(spec)
             # A closed loop does not depend on the clock: its batches are known ahead, bounds and all.
             source = serving.closed_workload() if serving.is_closed else serving
             context = replace(
@@ -82,15 +87,37 @@ class Forecaster:
                 batch_size=serving.settings.max_batch,
                 warnings=(*self.warnings, *serving.warnings),
             )
+        source = rerouted_source(source, spec.routing)
         totals, engine = run(source, spec, self.shape, self._charged(spec))
+        if self.path_costs is not None and "paths" in spec.needs():
+            memory = replace(totals.memory, predictor=self.path_costs.num_bytes)
+            totals = replace(totals, memory=memory)
         if serving is not None and serving.is_closed:
             serving.retime(totals.steps.total_s)
         served = serving.result() if serving is not None else None
-        result = replace(summarize(totals, context, arrivals=served), engine=engine)
+        result = replace(
+            summarize(totals, context, arrivals=served),
+            engine=engine,
+            routing=routing_result(source),
+            regrouping=self.regrouping,
+        )
         if not with_bounds or not isinstance(source, Workload):
             return result
         ready = replace(self, workload=source)
-        return replace(result, bounds=ready.bounds(spec, result), worth=ready.worth(spec, result))
+        return replace(
+            result,
+            bounds=ready.bounds(spec, result),
+            worth=ready.worth(spec, result),
+            accuracy=result.accuracy or ready.accuracy(spec),
+        )
+
+    def accuracy(self, spec: PolicySpec) -> Accuracy | None:
+        """Recall and precision of a policy's predictor; None without one, or where only a run's log can tell."""
+        if not spec.predicts or engine_for(spec) != "compiled":
+            return None
+        from .compiled.tapes import tape_of
+
+        return taped_accuracy(self.workload, *tape_of(self.workload, spec))
 
     def worth(self, spec: PolicySpec, result: Result) -> PrefetchWorth | None:
         """What the predictor of a policy is worth; None if there is none, or if it is perfect already."""
@@ -111,17 +138,40 @@ class Forecaster:
         costs = self._with_decisions(spec)
         return replace(self, costs=costs, decision_is_measured=True)
 
+    def in_units(self, spec: PolicySpec) -> Forecaster:
+        """Predictions of the batches that the policy's scheduler makes of those recorded; itself if it makes none."""
+        units = None if self.regrouping is not None else in_units(self.workload, spec)
+        if units is None:
+            return self
+        latency = self.path_costs.latency if self.path_costs and "paths" in spec.needs() else None
+        workload, result = charged(
+            units,
+            with_kv_move(self.costs, self.shape),
+            self.shape,
+            latency.unit_s if latency else None,
+        )
+        notes = notes_on(self.costs, is_declared=self.is_declared)
+        return replace(
+            self, workload=workload, regrouping=result, warnings=(*self.warnings, *notes)
+        )
+
     def record(self, spec: PolicySpec) -> RunRecord:
         """The raw rows of a prediction, decision log included (by the reference engine)."""
         self.require(spec)
-        return simulate(self.workload, spec, self.shape, self._charged(spec))
+        if (units := self.in_units(spec)) is not self:
+            return units.record(spec)
+        workload = rerouted(self.workload, spec.routing)
+        return simulate(workload, spec, self.shape, self._charged(spec))
 
     def bounds(self, spec: PolicySpec, result: Result) -> Bounds:
         """What no policy of this size can beat under the same costs."""
+        if (units := self.in_units(spec)) is not self:
+            return units.bounds(spec, result)
         belady_spec = clairvoyant(spec)
-        belady, _ = run(self.workload, belady_spec, self.shape, self.costs)
+        ready = replace(self, workload=rerouted(self.workload, spec.routing))
+        belady, _ = run(ready.workload, belady_spec, self.shape, self.costs)
         bound = summarize(belady, self._context(belady_spec))
-        compute_s = self.compute_s()
+        compute_s = ready.compute_s()
         tokens = result.tokens_per_s * result.time.total_s
         misses = bound.prefill.misses + bound.decode.misses
         link_s = max(compute_s, misses * self.costs.copy_s)
@@ -154,6 +204,13 @@ class Forecaster:
             total += float(np.maximum(0.0, np.asarray(phase.experts.weights) @ experts).sum())
         return total
 
+    def times(self) -> dict[str, dict[str, float] | None]:
+        """What members may be taught of the machine, by need; None for what it does not know."""
+        return {
+            "cpu_times": self.costs.cpu_times(),
+            "layer_times": layer_times(self.costs, self.workload),
+        }
+
     def require(self, spec: PolicySpec) -> None:
         """Raise UsageError if the trace did not record what a policy needs."""
         depth = spec.lookahead_depth
@@ -162,9 +219,14 @@ class Forecaster:
                 f"predictor {spec.predictor.name!r} needs look-ahead ids to depth {depth}, but the trace "
                 f"recorded {self.workload.lookahead}. Trace again with --lookahead {depth}."
             )
+        if "layer_times" in spec.needs() and layer_times(self.costs, self.workload) is None:
+            raise UsageError(
+                f"predictor {spec.predictor.name!r} weighs the time of a copy against that of a layer, but on this "
+                "machine they take none."
+            )
         if "gate_weights" in spec.needs() and self.workload.weights is None:
             raise UsageError(
-                f"cache {spec.cache.name!r} needs gate weights, but the trace did not record them. "
+                f"{spec.label} needs gate weights, but the trace did not record them. "
                 "Trace again with --weights."
             )
         if "token_table" in spec.needs() and not has_token_ids(self.workload):
@@ -173,7 +235,7 @@ class Forecaster:
             )
         if "paths" in spec.needs() and self.workload.rows.path is None:
             raise UsageError(
-                f"predictor {spec.predictor.name!r} needs predicted paths: the folder of a trained path predictor "
+                f"{asks_paths(spec)} needs predicted paths: the folder of a trained path predictor "
                 "(--paths DIR, made with `expertflow-trace train-predictor TRACE --out DIR`), and the batches of a "
                 "recorded trace (--arrivals regroups them)."
             )
@@ -185,21 +247,39 @@ class Forecaster:
 
     def _charged(self, spec: PolicySpec) -> CostModel:
         costs = self._with_decisions(spec)
-        if self.path_costs is not None and "paths" in spec.needs():
-            return self.path_costs.charged(costs, self._predictor_s(spec))
+        if spec.reroutes and not self.is_declared:
+            costs = costs.with_routing(*self._routing_s(spec))
+        if self.path_costs is not None and "paths" in predictors.get(spec.predictor.name).needs:
+            # In units it is asked once before the turns, and charged there.
+            asked = self.path_costs if self.regrouping is None else self.path_costs.of_prompts()
+            return asked.charged(costs, self._predictor_s(spec))
         if not spec.predicts:
             return costs
         latency_s = float(spec.predictor.params.get("latency_s", 0.0)) + self._predictor_s(spec)
         return costs.with_predictor_latency(latency_s, has_gates="lookahead" in spec.needs())
 
+    def _routing_s(self, spec: PolicySpec) -> tuple[float, float]:
+        """The routing's own time by event of each phase, which no machine was measured with."""
+        names = [("routing", str(spec.routing), phase) for phase in ("prefill", "decode")]
+        if names[0] not in self.decisions_s:
+            measured = measure_routing_s(self.workload, spec.routing)
+            self.decisions_s.update(zip(names, measured, strict=True))
+        prefill_s, decode_s = (self.decisions_s[name] for name in names)
+        return prefill_s, decode_s
+
     def _predictor_s(self, spec: PolicySpec) -> float:
         """The predictor's own time by event, where the rows behind `costs` do not hold it.
 
-        Those of a calibrated machine were measured with gates applied early; others are timed here. On a declared
-        machine no decision is charged. Predictors that know the future take no time but what they declare.
+        Those of a calibrated machine were measured with gates applied early, and votes counted; others are timed here.
+        On a declared machine no decision is charged. Predictors that know the future take what they declare.
         """
         needs = predictors.get(spec.predictor.name).needs
-        if not self.decision_is_measured or self.is_declared or needs & {"lookahead", "future"}:
+        if (
+            not self.decision_is_measured
+            or self.is_declared
+            or "future" in needs
+            or needs == {"lookahead"}
+        ):
             return 0.0
         name = ("predictor", str(spec.predictor))
         if name not in self.decisions_s:
@@ -225,7 +305,17 @@ class Forecaster:
             link_origin=self.link_origin,
             batch_size=self.workload.batch_size,
             provenance=self.provenance,
-            warnings=self.warnings,
+            warnings=(*self.warnings, *self._warnings(spec)),
+        )
+
+    def _warnings(self, spec: PolicySpec) -> tuple[str, ...]:
+        if not getattr(misses.get(spec.misses.name), "residents_first", False):
+            return ()
+        if self.costs.has_waves:
+            return ()
+        return (
+            f"misses {spec.misses.name!r} computes most events in two waves; what the second costs in decode passes "
+            "was not measured on this machine, so the speed is optimistic. Calibrate it anew.",
         )
 
 
@@ -258,7 +348,8 @@ def forecaster(
         name, origin = machine.link, machine.link_origin
         notes = machine.provenance.notes
     if link is not None:
-        costs, name, origin = costs.with_link(link), link.text, "declared"
+        costs, name, origin = costs.with_link(link), link.text, link.origin
+        notes = (*notes, link.note) if link.note else notes
     return Forecaster(
         workload=workload,
         costs=costs,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..tracer.errors import UsageError, unknown_name
 from ..tracer.probe import provenance
+from ..tracer.profile.files import is_profile, link_of
 from ..tracer.quantities import LinkSpec, format_bytes
 from ..tracer.types import ModelShape, Phase
 from .costs import CostModel, Linear, PhaseCosts
@@ -26,18 +27,23 @@ _OTHER_BYTES = 2
 
 
 def parse_link(text: str) -> LinkSpec:
-    """Read a link: a declared one by name (`pcie4x16`), or its numbers (`25GB/s+10us`). Raises UsageError."""
+    """Read a link: a declared one by name (`pcie4x16`), its numbers (`25GB/s+10us`), or a measured one.
+
+    A measured one is a profile, by file (`profile.json`) or saved name. Raises UsageError, InputError.
+    """
     name = text.strip().lower()
     if name in LINKS:
         link = LINKS[name]
         return LinkSpec(name, link.bandwidth_Bps, link.latency_s)
+    if is_profile(text):
+        return link_of(text)
     try:
         return LinkSpec.parse(text)
     except UsageError:
         unknown = unknown_name("link", text, LINKS)
         raise UsageError(
             f"{unknown} Or write its numbers: BANDWIDTH/s, and after a + the latency of one copy, for "
-            "example 25GB/s+10us."
+            "example 25GB/s+10us; or name a profile.json."
         ) from None
 
 
@@ -86,6 +92,7 @@ def declared_costs(
         chunk_bytes=_CHUNK_BYTES,
         num_experts=shape.num_experts,
         gathered_bytes_per_token=shape.top_k * shape.hidden_size * _OTHER_BYTES,
+        kv_move=Linear((0.0, 2 / gpu.memory_Bps)),  # what is copied is read and written
     )
     return costs, _notes(shape, gpu, link, table, costs)
 
@@ -165,7 +172,7 @@ def _notes(
         f"Declared machine: {gpu.source} ({format_bytes(gpu.memory_Bps)}/s, {gpu.flops / 1e12:g} TFLOP/s "
         "at 16 bits). Launches, read-back of the routing, decisions, look-ahead and kernels below their "
         "peak are not charged; real speed is lower.",
-        f"Declared link {link.text}: {named.source if named else 'as typed in'}.",
+        link.note or f"Declared link {link.text}: {named.source if named else 'as typed in'}.",
         "Reading weights and arithmetic are added, not overlapped; waves cost no more than one walk.",
     ]
     if not shape.non_expert_bytes:

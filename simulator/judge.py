@@ -16,12 +16,14 @@ from ..tracer.store import Trace
 from .feasible import lacking
 from .forecast import Forecaster, forecaster
 from .hardware import machine_of, parse_cpu_expert, parse_link
+from .layer_times import layer_times
 from .lessons import lessons_of
 from .machine import MachineFile, read_machine
 from .paths import judged_on_paths
 from .policy.base import LESSONS
 from .policy.registry import FAMILIES, Registry
-from .policy.spec import Member, PolicySpec, make_spec
+from .policy.spec import AS_ROUTED, Member, PolicySpec, depth_of, make_spec
+from .reroute import rerouted
 from .result import Result
 from .space import Point
 from .split import split_by_batch
@@ -37,7 +39,8 @@ class Judge:
     """Predicts points on the judging half of a trace.
 
     `curves` and `lessons` are there if a member needs them. `is_held_out` is false where a single batch had to serve
-    for learning and judging.
+    for learning and judging. What was learned is of tokens under `routing`; for
+    others it is learned again, from `learn`.
     """
 
     forecaster: Forecaster
@@ -45,6 +48,9 @@ class Judge:
     curves: Sequence[Sequence[int]] | None = None
     lessons: Mapping[str, Any] = field(default_factory=dict)
     is_held_out: bool = True
+    learn: Workload | None = None
+    routing: Member = AS_ROUTED
+    others: dict[str, Judge] = field(default_factory=dict, compare=False)
 
     def predict(self, point: Point) -> Row:
         """The line of one point; what fails is recorded in it."""
@@ -103,7 +109,8 @@ class Judge:
             needs = families[kind].get(member.name).needs
             if what := lacking(needs, workload, self.forecaster.costs):
                 raise UsageError(f"{kind} {member.name!r} needs {what}.")
-            depth = int(member.params.get("depth", 1)) if "lookahead" in needs else 0
+            found = families[kind].get(member.name)
+            depth = depth_of(found, member.params) if "lookahead" in needs else 0
             if depth > workload.lookahead:
                 raise UsageError(
                     f"{kind} {member.name!r} at depth {depth} needs look-ahead ids that deep, but the "
@@ -112,6 +119,8 @@ class Judge:
             taught = {
                 need: self.lessons[need] for need in LESSONS if need in needs & self.lessons.keys()
             }
+            if "layer_times" in needs:
+                taught["layer_times"] = layer_times(self.forecaster.costs, workload)
             if needs <= {"lookahead", "gate_weights", "routing", *taught}:
                 _build(families[kind], replace(member, params={**taught, **member.params}))
 
@@ -123,11 +132,25 @@ class Judge:
             self.forecaster,
             costs=self.forecaster.costs.with_link(declared),
             link=declared.text,
-            link_origin="declared",
+            link_origin=declared.origin,
         )
+
+    def _under(self, routing: Member) -> Judge:
+        """The same, taught by tokens under another routing."""
+        if routing == self.routing or self.learn is None:
+            return self
+        name = str(routing)
+        if name not in self.others:
+            self.others[name] = replace(
+                self,
+                **_taught(self.learn, routing, self.lessons, with_curves=self.curves is not None),
+                routing=routing,
+            )
+        return self.others[name]
 
     def _spec(self, point: Point, ready: Forecaster) -> PolicySpec:
         names = {kind: member.name for kind, member in point.members.items()}
+        taught = self._under(point.members.get("routing", AS_ROUTED))
         spec = make_spec(
             slots=point.slots,
             cache=names["cache"],
@@ -135,10 +158,14 @@ class Judge:
             allocation=names["allocation"],
             scheduler=names["scheduler"],
             misses=names["misses"],
-            popularity=self.popularity,
-            curves=self.curves,
+            routing=names.get("routing", AS_ROUTED.name),
+            popularity=taught.popularity,
+            curves=taught.curves,
             cpu_times=ready.costs.cpu_times(),
-            lessons=self.lessons,
+            layer_times=(
+                layer_times(ready.costs, ready.workload) if "layer_times" in point.needs else None
+            ),
+            lessons=taught.lessons,
         )
         asked = {
             kind: replace(spec.members[kind], params={**spec.members[kind].params, **member.params})
@@ -198,10 +225,11 @@ def judge_of(
     with_curves: bool = False,
     lessons: Iterable[str] = (),
     learn_from_all: bool = False,
+    routing: Member = AS_ROUTED,
 ) -> Judge:
     """Learn on half of the batches of a forecaster's workload, to judge on the others.
 
-    `lessons` are the tables to learn (policy.base.LESSONS); others are left out.
+    `lessons` are the tables to learn (policy.base.LESSONS); others are left out. They are learned under `routing`.
     With `learn_from_all` learn from all of them: for the policy that is deployed, once it has been chosen.
     """
     learn, judged = split_by_batch(ready.workload)
@@ -209,11 +237,23 @@ def judge_of(
         learn = ready.workload
     return Judge(
         forecaster=replace(ready, workload=judged),
-        popularity=learn.popularity(),
-        curves=_curves(learn) if with_curves else None,
-        lessons=lessons_of(learn, lessons),
+        **_taught(learn, routing, lessons, with_curves=with_curves),
         is_held_out=judged is not learn,
+        learn=learn,
+        routing=routing,
     )
+
+
+def _taught(
+    learn: Workload, routing: Member, lessons: Iterable[str], *, with_curves: bool
+) -> dict[str, Any]:
+    """What a workload teaches under a routing."""
+    learn = rerouted(learn, routing)
+    return {
+        "popularity": learn.popularity(),
+        "curves": _curves(learn) if with_curves else None,
+        "lessons": lessons_of(learn, lessons),
+    }
 
 
 def _build(family: Registry, member: Member) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..tracer.errors import UsageError
 from ..tracer.store import NO_EXPERT
+from .policy.base import LESSONS
 from .policy.tables import packed
 from .token_table import TokenTable
 from .workload import Workload
@@ -30,11 +31,16 @@ _UNKNOWN = -1
 
 def lessons_of(workload: Workload, needs: Iterable[str]) -> dict[str, Any]:
     """The tables among `needs`, by need, learned from a workload. Raises UsageError for what it cannot teach."""
-    wanted = sorted(set(needs) & _LEARNERS.keys())
+    wanted = sorted(set(needs) & set(LESSONS))
     if not wanted:
         return {}
     tokens = TokenTable.of(workload)
-    return {need: _LEARNERS[need](tokens) for need in wanted}
+    found = {need: _LEARNERS[need](tokens) for need in wanted if need in _LEARNERS}
+    if "forest" in wanted:
+        from .forest import learn_forest
+
+        found["forest"] = learn_forest(workload)
+    return found
 
 
 def has_token_ids(workload: Workload) -> bool:

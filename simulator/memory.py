@@ -15,13 +15,17 @@ from .workload import StepDemand, Steps
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassSizes:
-    """Sizes of forward passes: [passes] each. `wave_share` is the largest share of an event that ran at once."""
+    """Sizes of forward passes: [passes] each. `wave_share` is the largest share of an event that ran at once.
+
+    `kv_beside` counts positions of other batches' KV cache, none if it is None.
+    """
 
     is_decode: np.ndarray
     batch: np.ndarray
     tokens: np.ndarray
     context: np.ndarray
     wave_share: np.ndarray
+    kv_beside: np.ndarray | None = None
 
     @classmethod
     def of(cls, walked: Sequence[StepDemand], waves: Mapping[int, float]) -> PassSizes:
@@ -32,19 +36,24 @@ class PassSizes:
             np.asarray([step.tokens for step in walked], dtype=np.int64),
             np.asarray([step.context for step in walked], dtype=np.int64),
             np.asarray([waves.get(step.step, 1.0) for step in walked]),
+            np.asarray([step.kv_beside for step in walked], dtype=np.int64),
         )
 
     @classmethod
     def of_steps(cls, steps: Steps, wave_share: np.ndarray) -> PassSizes:
         """Sizes of a workload's passes."""
-        return cls(steps.is_decode, steps.batch, steps.tokens, steps.context, wave_share)
+        sizes = (steps.is_decode, steps.batch, steps.tokens, steps.context)
+        return cls(*sizes, wave_share, steps.kv_beside)
 
 
 def predicted_memory(
     passes: PassSizes, slots: int, shape: ModelShape, costs: CostModel
 ) -> MemoryResult:
     """Peak device bytes by class: the pass where KV cache and working tensors together are largest."""
-    kv = (shape.kv_bytes_per_token * passes.batch * passes.context).astype(np.float64)
+    positions = passes.batch * passes.context
+    if passes.kv_beside is not None:
+        positions = positions + passes.kv_beside
+    kv = (shape.kv_bytes_per_token * positions).astype(np.float64)
     activations = np.zeros(len(kv))
     for phase in ("prefill", "decode"):
         is_phase = passes.is_decode == (phase == "decode")

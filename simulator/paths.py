@@ -31,6 +31,8 @@ PATHS_FORMAT = "expertflow.path_predictor/1"
 CARD = "card.json"
 WEIGHTS = "predictor.safetensors"
 _ARRAYS = ("sequence", "position", "experts")
+_FLOAT_BYTES = 4
+"""Of one weight of a predictor, which are kept in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,10 @@ class PathLatency:
         """Of one pass, linear between the measured batches and level beyond them."""
         sizes, prompt, step = zip(*self.points, strict=True)
         return float(np.interp(batch, sizes, prompt if phase == "prefill" else step))
+
+    def unit_s(self, phase: Phase, sequences: int) -> float:
+        """Of one pass over the sequences of several batches: in proportion beyond the largest measured batch."""
+        return self.seconds(phase, sequences) * max(1.0, sequences / self.points[-1][0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +165,18 @@ def read_paths(path: Path, shape: ModelShape) -> PathTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathCosts:
-    """What a predictor's own time adds to a machine's costs, by phase: seconds per layer event."""
+    """What a predictor adds to a machine's costs: seconds per layer event by phase, and bytes of its weights.
+
+    `latency` is what was measured of it, for those who ask it apart from the passes (regroup.py).
+    """
 
     event_s: Mapping[str, float] = field(default_factory=dict)
+    num_bytes: int = 0
+    latency: PathLatency | None = None
+
+    def of_prompts(self) -> PathCosts:
+        """The same with nothing for decode steps."""
+        return replace(self, event_s={**self.event_s, "decode": 0.0})
 
     def charged(self, costs: CostModel, member_s: float = 0.0) -> CostModel:
         """Charge it, and the policy member's own `member_s`, in place of gates applied early.
@@ -225,6 +240,10 @@ def judged_on_paths(ready: Forecaster, folder: Path) -> Forecaster:
     return replace(
         ready,
         workload=chosen.with_paths(table),
-        path_costs=PathCosts(event_s=event_s),
+        path_costs=PathCosts(
+            event_s=event_s,
+            latency=card.latency,
+            num_bytes=_FLOAT_BYTES * int(card.training.get("parameters", 0)),
+        ),
         warnings=(*ready.warnings, note),
     )

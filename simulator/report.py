@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..tracer.quantities import format_bytes, format_seconds
-from .result import Percentiles, Result
+from .result import Percentiles, RegroupingResult, Result
 
 
 def result_rows(result: Result) -> list[tuple[str, str]]:
@@ -43,6 +43,14 @@ def result_rows(result: Result) -> list[tuple[str, str]]:
                 f"{prefetch.wasted} wasted, {prefetch.harmful} harmful, {prefetch.cancelled} cancelled",
             )
         )
+    if accuracy := result.accuracy:
+        rows.append(
+            (
+                "predictor",
+                f"named {accuracy.recall:.1%} of the experts that decode steps demanded; "
+                f"{accuracy.precision:.1%} of what it named was demanded",
+            )
+        )
     if worth := result.worth:
         rows.append(
             (
@@ -52,6 +60,8 @@ def result_rows(result: Result) -> list[tuple[str, str]]:
                 f"{format_bytes(worth.extra_bytes_per_token)} more per token",
             )
         )
+    rows += _regrouping_rows(result.regrouping)
+    rows += _lossy_rows(result)
     rows.append(
         (
             "memory",
@@ -76,6 +86,38 @@ def result_rows(result: Result) -> list[tuple[str, str]]:
     rows.append(("link", f"{result.link} ({result.link_origin})"))
     rows += [("warning", text) for text in result.warnings]
     return rows
+
+
+def _lossy_rows(result: Result) -> list[tuple[str, str]]:
+    """What a lossy routing did, and to the text if that was looked at."""
+    rows: list[tuple[str, str]] = []
+    if found := result.routing:
+        words = (
+            f"{found.finding} Distinct experts per event: {found.distinct_before:.1f} before, "
+            f"{found.distinct_after:.1f} after ({found.scores}); {found.short_share:.1%} of tokens are left with "
+            "fewer experts"
+        )
+        rows.append(("routing", words))
+    if text := result.text:
+        words = (
+            f"{text.sequences_changed} of {text.sequences} sequences and {text.tokens_changed} of {text.tokens} tokens "
+            "differ from the resident model's (lossy: no promise is made)"
+        )
+        rows.append(("text", words))
+    return rows
+
+
+def _regrouping_rows(found: RegroupingResult | None) -> list[tuple[str, str]]:
+    """What became of batches that were decoded in turns."""
+    if found is None:
+        return []
+    mean = found.distinct / found.passes if found.passes else 0.0
+    words = (
+        f"units of {found.batches} batches, {mean:.1f} distinct experts per decode step; asked {found.asked} times, "
+        f"changed {found.changed}, {found.moved} sequences moved; {format_bytes(found.kv_bytes)} of KV cache copied in "
+        f"{format_seconds(found.move_s)}, chosen in {format_seconds(found.decision_s)}"
+    )
+    return [("regrouping", words)]
 
 
 def _latency(found: Percentiles) -> str:

@@ -67,6 +67,14 @@ class PrefetchResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """How often a predictor was right in decode steps: over the distinct experts of all events, first layers too."""
+
+    recall: float
+    precision: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefetchWorth:
     """What a predictor is worth in time, next to the same policy without it and with perfect prediction.
 
@@ -122,7 +130,8 @@ class Bounds:
 class TimeSplit:
     """Where the wall time went, in seconds; the parts add up to `total_s`.
 
-    `cpu_s` is the time the device waited for experts on the CPU, beyond the other waits.
+    `cpu_s` is the time the device waited for experts on the CPU, beyond the other waits, `schedule_s` that of choosing
+    batches and moving their keys and values before passes.
     """
 
     total_s: float
@@ -134,6 +143,7 @@ class TimeSplit:
     lookahead_s: float
     other_s: float
     cpu_s: float = 0.0
+    schedule_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,13 +172,64 @@ class ArrivalResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RegroupingResult:
+    """What became of batches that were decoded in turns, `batches` at a time.
+
+    The scheduler was `asked` so often and `changed` the batches so often; `moved` sequences came into another batch.
+    `kv_bytes` of keys and values were copied, those of sequences that took the row of one that had ended included.
+    `distinct` are the distinct experts of decode steps, summed over batches and layers, `passes` the decode steps.
+    `decision_s` is the scheduler's own time (with a path predictor's), `move_s` that of the copies.
+    """
+
+    batches: int
+    asked: int
+    changed: int
+    moved: int
+    kv_bytes: int
+    decision_s: float
+    move_s: float
+    passes: int
+    distinct: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingResult:
+    """What a lossy routing did.
+
+    `scores` says what it went by. Distinct experts are means per event over both phases, by the router's own choice of
+    the tokens (`distinct_before`) and as demanded (`distinct_after`). `changed_share` are choices of single tokens that
+    went to another expert or none, `short_share` tokens left with fewer experts than their router gave them.
+    `is_approximate`: replayed on recorded scores, which the routing itself would have changed.
+    """
+
+    routing: str
+    scores: str
+    distinct_before: float
+    distinct_after: float
+    changed_share: float
+    short_share: float
+    is_approximate: bool
+    finding: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextChange:
+    """How a run's text differs from the resident model's, token by token at the same place."""
+
+    sequences: int
+    sequences_changed: int
+    tokens: int
+    tokens_changed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """One run under one policy. See the module docstring.
 
     `tokens_per_s` counts generated tokens over the whole time, prefill included, and idle time where requests arrive.
     `slots_ratio` is r: mean distinct experts per event over slots per layer, in decode; at 1 and
     above no cache policy can hit. `same_tokens` and `log_replays` are None where not checked. `engine` is the
-    simulator's, empty for real runs.
+    simulator's, empty for real runs. `accuracy` is the predictor's, None if there is none or nobody looked.
     """
 
     source: Source
@@ -208,7 +269,11 @@ class Result:
     log_replays: bool | None = None
     engine: str = ""
     worth: PrefetchWorth | None = None
+    accuracy: Accuracy | None = None
     arrivals: ArrivalResult | None = None
+    regrouping: RegroupingResult | None = None
+    routing: RoutingResult | None = None
+    text: TextChange | None = None
     format: str = RESULT_FORMAT
 
 
@@ -233,7 +298,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifiedRun:
-    """One configuration, predicted and measured, with its checks."""
+    """One configuration, predicted and measured, with its checks. A lossy one need not keep the text."""
 
     label: str
     predicted: Result
@@ -242,6 +307,7 @@ class VerifiedRun:
     same_tokens: bool
     log_replays: bool
     causes: Mapping[str, float] = field(default_factory=dict)
+    is_lossless: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

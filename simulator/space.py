@@ -12,7 +12,7 @@ from typing import Any
 
 from ..tracer.records import to_json
 from .policy.registry import FAMILIES
-from .policy.spec import Member
+from .policy.spec import AS_ROUTED, Member
 
 DEFAULTS = {
     "cache": "lru",
@@ -20,6 +20,7 @@ DEFAULTS = {
     "predictor": "none",
     "scheduler": "fcfs",
     "misses": "load",
+    "routing": AS_ROUTED.name,
 }
 """Members of the other families where one family's bound is looked at."""
 
@@ -65,13 +66,15 @@ class Space:
     """Every combination of budget, link and one member per family, and the rivals and bounds beside them.
 
     `budgets` as a Range is in slots. `members` is by family. A link of None is the machine's own. `rivals` are
-    predictors that are tried with every cache at the listed budgets, and with the plainest of all else.
+    predictors that are tried with every cache at the listed budgets, and with the plainest of all else; `answers` are
+    answers to misses that are tried with every cache and every predictor of the grid, the rest as plain.
     """
 
     budgets: tuple[Budget, ...] | Range
     members: Mapping[str, tuple[Option, ...]]
     links: tuple[str | None, ...] = (None,)
     rivals: tuple[Option, ...] = ()
+    answers: tuple[Option, ...] = ()
     bounds: bool = True
 
     def size(self) -> int | None:
@@ -101,7 +104,9 @@ class Point:
     @property
     def key(self) -> str:
         """Sixteen hex digits over all that makes the configuration, the budget's wording aside."""
-        document = [self.slots, self.link, to_json(self.members)]
+        # Points older than routings keep their key.
+        members = {kind: m for kind, m in self.members.items() if m != AS_ROUTED}
+        document = [self.slots, self.link, to_json(members)]
         text = json.dumps(document, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -109,7 +114,11 @@ class Point:
     def needs(self) -> frozenset[str]:
         """What its members need."""
         return frozenset().union(
-            *(family.get(self.members[family.kind].name).needs for family in FAMILIES)
+            *(
+                family.get(self.members[family.kind].name).needs
+                for family in FAMILIES
+                if family.kind in self.members
+            )
         )
 
     @property
@@ -144,6 +153,17 @@ def rival_points(space: Space) -> list[Point]:
     plain = {kind: Member(name=name) for kind, name in DEFAULTS.items()}
     pairs = itertools.product(_expanded(space.members["cache"]), _expanded(space.rivals))
     members = [{**plain, "cache": cache, "predictor": predictor} for cache, predictor in pairs]
+    triples = itertools.product(
+        _expanded(space.members["cache"]),
+        _expanded(space.members["predictor"]),
+        _expanded(space.answers),
+    )
+    members += [
+        {**plain, "cache": cache, "predictor": predictor, "misses": answer}
+        for cache, predictor, answer in triples
+    ]
+    routings = _expanded(space.members.get("routing", (Option(AS_ROUTED.name),)))
+    members = [{**found, "routing": routing} for found in members for routing in routings]
     return _distinct(
         Point(budget=budget.text, slots=budget.slots, link=link, members=found)
         for budget in space.budgets

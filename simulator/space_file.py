@@ -28,8 +28,9 @@ _PLURAL = {
     "predictor": "predictors",
     "scheduler": "schedulers",
     "misses": "misses",
+    "routing": "routings",
 }
-_LEARNED = ("popularity", "curves", *LESSONS, "future")
+_LEARNED = ("popularity", "curves", "layer_times", *LESSONS, "future")
 """Parameters that a trace teaches and nobody types."""
 
 
@@ -90,7 +91,8 @@ def _space(table: Mapping[str, Any], shape: ModelShape, builtin: Space) -> Space
             with _named(f"[space] {key}"):
                 members[family.kind] = tuple(_option(e, family) for e in _list(table[key]))
     rivals = () if _PLURAL["predictor"] in table else builtin.rivals
-    space = replace(builtin, members=members, rivals=rivals)
+    answers = () if _PLURAL["misses"] in table else builtin.answers
+    space = replace(builtin, members=members, rivals=rivals, answers=answers)
     if "budgets" in table:
         with _named("[space] budgets"):
             space = replace(space, budgets=_budgets(table["budgets"], shape))

@@ -11,9 +11,9 @@ from typing import Any, get_type_hints
 import pyarrow as pa
 
 from ..tracer.records import to_json
-from .policy.spec import Member, PolicySpec
+from .policy.spec import AS_ROUTED, Member, PolicySpec
 from .result import Result
-from .space import Point
+from .space import DEFAULTS, Point
 
 OBJECTIVES = {
     "tokens_per_s": "maximize",
@@ -78,6 +78,7 @@ class Row:
     seconds: float = 0.0
     engine: str = ""
     error: str = ""
+    routing: str = AS_ROUTED.name
 
     @property
     def point(self) -> Point:
@@ -89,7 +90,7 @@ class Row:
             link=self.declared_link,
             members={
                 kind: Member(name=getattr(self, kind), params=params.get(kind, {}))
-                for kind in ("cache", "allocation", "predictor", "scheduler", "misses")
+                for kind in DEFAULTS
             },
         )
 
@@ -145,6 +146,10 @@ def table_of(rows: Iterable[Row]) -> pa.Table:
 
 def rows_of(table: pa.Table) -> list[Row]:
     """Rows of an Arrow table. Raises ValueError or TypeError if it holds something else."""
+    if table.schema.names == SCHEMA.names[:-1]:  # older than routings
+        table = table.append_column(
+            SCHEMA.field("routing"), pa.array([AS_ROUTED.name] * table.num_rows, pa.string())
+        )
     if table.schema.names != SCHEMA.names:
         raise ValueError("its columns are not those of a sweep")
     return [Row(**values) for values in table.to_pylist()]

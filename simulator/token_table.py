@@ -37,7 +37,8 @@ class TokenTable:
 
     `experts` [tokens, layers, top_k], as are `weights` and each of `lookahead`. Sequence i has the tokens `first[i]`
     to `first[i + 1]`, of which `prompts[i]` are its prompt. Where a layer recorded no row for a token, its experts are
-    NO_EXPERT (`has_holes`). `ids` [tokens] are the vocabulary's, None if they were not recorded.
+    NO_EXPERT (`has_holes`). `ids` [tokens] are the vocabulary's, None if they were not recorded. `score_ids` and
+    `scores` [tokens, layers, m] are as in Rows.
     """
 
     experts: np.ndarray
@@ -49,6 +50,8 @@ class TokenTable:
     prompts: np.ndarray
     num_experts: int
     lookahead_depth: int
+    score_ids: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -99,6 +102,8 @@ class TokenTable:
             prompts=np.bincount(found[is_prompt], minlength=count),
             num_experts=workload.num_experts,
             lookahead_depth=workload.lookahead,
+            score_ids=None if rows.score_ids is None else table(rows.score_ids, 0),
+            scores=None if rows.scores is None else table(rows.scores, 0),
         )
 
     def one_pass(self, found: Pass, prompt_tokens: Mapping[int, int], max_batch: int) -> Workload:
@@ -163,6 +168,8 @@ class TokenTable:
                 weights=None if self.weights is None else self.weights[place, layer],
                 lookahead={depth: ids[place, layer] for depth, ids in self.lookahead.items()},
                 token=None if self.ids is None else self.ids[place],
+                score_ids=None if self.score_ids is None else self.score_ids[place, layer],
+                scores=None if self.scores is None else self.scores[place, layer],
             ),
             prompt_tokens=prompt_tokens,
             batch_size=max_batch,
@@ -184,6 +191,8 @@ class TokenTable:
             weights=None if self.weights is None else by_layer(self.weights),
             lookahead={depth: by_layer(ids) for depth, ids in self.lookahead.items()},
             token=None if self.ids is None else np.tile(self.ids[tokens], layers),
+            score_ids=None if self.score_ids is None else by_layer(self.score_ids),
+            scores=None if self.scores is None else by_layer(self.scores),
         )
 
 

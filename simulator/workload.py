@@ -18,6 +18,7 @@ from ..tracer.schema import WHOLE_STEP
 from ..tracer.store import NO_EXPERT, RoutingArrays, Trace
 from ..tracer.types import ExpertKey, Phase
 from .policy.base import NO_PATH, Facts, Signals
+from .policy.spec import AS_ROUTED, Member
 
 if TYPE_CHECKING:
     from .paths import PathTable
@@ -42,6 +43,8 @@ class StepDemand:
     tokens: int
     context: int
     sequences: tuple[int, ...]
+    overhead_s: float = 0.0
+    kv_beside: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,7 +55,8 @@ class Rows:
     NO_EXPERT where there is no layer to look at; `is_pad` [rows], None if no row is padding; `token` [rows], the ids
     of the tokens fed in, None if they were not recorded; `position` [rows] in their sequence, −1 for padding. `path`
     [rows, m] are the experts a path predictor names for the row's own layer, likeliest first, NO_EXPERT where it
-    names none; None if there is no such predictor.
+    names none; None if there is no such predictor. `score_ids` and `scores` [rows, m] are the token's likeliest experts
+    and the gate's scores of them, as in the trace; None if they were not recorded.
     """
 
     experts: np.ndarray
@@ -63,6 +67,8 @@ class Rows:
     token: np.ndarray | None = None
     position: np.ndarray | None = None
     path: np.ndarray | None = None
+    score_ids: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
     def take(self, places: np.ndarray) -> Rows:
         """The rows at `places`."""
@@ -75,12 +81,18 @@ class Rows:
             token=None if self.token is None else self.token[places],
             position=None if self.position is None else self.position[places],
             path=None if self.path is None else self.path[places],
+            score_ids=None if self.score_ids is None else self.score_ids[places],
+            scores=None if self.scores is None else self.scores[places],
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Steps:
-    """Forward passes, one array entry each. `members` are the sequences that got a token, by `member_ptr`."""
+    """Forward passes, one array entry each. `members` are the sequences that got a token, by `member_ptr`.
+
+    Where batches are decoded in turns (regroup.py), `overhead_s` are seconds that are spent before each pass on who
+    runs in which batch, and `kv_beside` counts the positions of other batches' KV cache on the device meanwhile.
+    """
 
     number: np.ndarray
     is_decode: np.ndarray
@@ -89,6 +101,8 @@ class Steps:
     context: np.ndarray
     member_ptr: np.ndarray
     members: np.ndarray
+    overhead_s: np.ndarray | None = None
+    kv_beside: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.number)
@@ -101,7 +115,8 @@ class Workload:
     Step i has events `event_ptr[i]` to `event_ptr[i + 1]`. Event j is of `layer[j]` and demands
     `experts[ptr[j]:ptr[j + 1]]`, ascending, each chosen by `counts` tokens with summed gate `weights` (None if not
     recorded); `row_ptr[j]` to `row_ptr[j + 1]` are its token rows. `prompt_tokens` is by sequence number. If the
-    sequences are requests, `arrived` is by sequence the number of the step at whose start each arrived.
+    sequences are requests, `arrived` is by sequence the number of the step at whose start each arrived. `routing` says
+    under which routing its tokens go (reroute.py).
     """
 
     steps: Steps
@@ -119,6 +134,7 @@ class Workload:
     num_experts: int
     lookahead: int
     arrived: Mapping[int, int] | None = None
+    routing: Member = AS_ROUTED
 
     @property
     def num_events(self) -> int:
@@ -136,6 +152,8 @@ class Workload:
             tokens=int(steps.tokens[place]),
             context=int(steps.context[place]),
             sequences=tuple(steps.members[first:last].tolist()),
+            overhead_s=0.0 if steps.overhead_s is None else float(steps.overhead_s[place]),
+            kv_beside=0 if steps.kv_beside is None else int(steps.kv_beside[place]),
         )
 
     def events_of(self, place: int) -> range:
@@ -217,6 +235,8 @@ class Workload:
             context=self.steps.context[places],
             member_ptr=_bounds(np.diff(self.steps.member_ptr)[places]),
             members=self.steps.members[members],
+            overhead_s=None if self.steps.overhead_s is None else self.steps.overhead_s[places],
+            kv_beside=None if self.steps.kv_beside is None else self.steps.kv_beside[places],
         )
         present = set(steps.members.tolist())
         return replace(
@@ -232,6 +252,12 @@ class Workload:
             rows=self.rows.take(rows),
             prompt_tokens={s: n for s, n in self.prompt_tokens.items() if s in present},
         )
+
+    def with_rows(self, rows: Rows) -> Workload:
+        """The same passes and events with other experts in their rows."""
+        event = np.repeat(np.arange(self.num_events), np.diff(self.row_ptr))
+        ptr, experts, counts, weights = _distinct(event, self.num_events, rows, self.num_experts)
+        return replace(self, ptr=ptr, experts=experts, counts=counts, weights=weights, rows=rows)
 
     def with_paths(self, table: PathTable) -> Workload:
         """The same with what a path predictor says of its tokens. Raises TraceError without their positions."""
@@ -318,6 +344,8 @@ def workload_of(trace: Trace) -> Workload:
         is_pad=found.is_pad[order],
         token=found.token_id[order],
         position=found.position[order],
+        score_ids=None if found.score_ids is None else found.score_ids[order],
+        scores=None if found.scores is None else found.scores[order],
     )
     prompts = trace.table("sequences", columns=["sequence", "prompt_tokens"]).to_pydict()
     return build_workload(

@@ -96,7 +96,8 @@ FAMILIES = tuple(name for name in _CONFIGS if name != DENSE)
 
 
 @functools.cache
-def _root() -> Path:
+def root() -> Path:
+    """Where tiny models lie while the tests run."""
     root = Path(tempfile.mkdtemp(prefix="expertflow-tiny-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root
@@ -111,9 +112,9 @@ def tiny(family: str = "olmoe", **changes: int) -> Path:
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     _widen_biases(model)
     name = "-".join([family, *(f"{key}{value}" for key, value in sorted(changes.items()))])
-    folder = _root() / name
+    folder = root() / name
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -142,7 +143,8 @@ def _widen_biases(model: torch.nn.Module) -> None:
                 parameter.normal_(0.0, 0.3)
 
 
-def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token per byte, <eos> 0 and <pad> 1 before them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: place for place, token in enumerate(["<eos>", "<pad>", *alphabet])}
     inner = Tokenizer(tokenizer_models.BPE(vocab=vocab, merges=[]))

@@ -16,7 +16,7 @@ FILES = sorted(
     path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if path.is_file()
 )
 POLICY = ROOT / "simulator" / "policy"
-FAMILY_FOLDERS = ("allocations", "caches", "misses", "predictors", "schedulers")
+FAMILY_FOLDERS = ("allocations", "caches", "misses", "predictors", "routings", "schedulers")
 MEMBERS = sorted(
     path
     for folder in FAMILY_FOLDERS

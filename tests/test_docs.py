@@ -99,7 +99,15 @@ def test_the_readme_names_commands_that_exist():
 
 
 @pytest.mark.parametrize(
-    ("row", "kind"), [("caches", "cache"), ("allocations", "allocation"), ("answers", "misses")]
+    ("row", "kind"),
+    [
+        ("caches", "cache"),
+        ("allocations", "allocation"),
+        ("answers", "misses"),
+        ("predictors", "predictor"),
+        ("schedulers", "scheduler"),
+        ("routings", "routing"),
+    ],
 )
 def test_the_readme_lists_every_member(row, kind):
     from expertflow.simulator.policy.registry import FAMILIES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +58,9 @@ def check_trace(path: Path | str) -> CheckReport:
         for file in files:
             require_hash(trace.path / file.path, file)
     counts = _check_routing(trace)
-    _check_whole(trace, counts)
+    steps = _check_whole(trace, counts)
     if trace.manifest.rows("steps"):
-        _check_steps(trace, counts)
+        _check_steps(trace, counts, steps)
     _check_transfers(trace)
     _check_sequences(trace, counts)
     strays = _strays(trace)
@@ -70,7 +70,7 @@ def check_trace(path: Path | str) -> CheckReport:
         files=sum(len(files) for files in manifest.tables.values()),
         bytes=sum(file.bytes for files in manifest.tables.values() for file in files),
         rows={table: manifest.rows(table) for table in manifest.tables},
-        steps=len(counts.rows) // trace.shape.num_moe_layers,
+        steps=steps,
         salvaged=manifest.salvaged,
         warnings=(*manifest.warnings, *(f"{name} is no part of the trace." for name in strays)),
     )
@@ -135,26 +135,32 @@ def _check_ids(trace: Trace, path: Path, routing: RoutingArrays) -> None:
         raise TraceError(f"{path}: position -1 and modality pad must come together.")
 
 
-def _check_whole(trace: Trace, counts: _Counts) -> None:
-    """Every step from 0 has every MoE layer, with as many tokens in each."""
+def _check_whole(trace: Trace, counts: _Counts) -> int:
+    """Every step from 0 has every MoE layer of one stack, with as many tokens in each. Returns the steps."""
     folder = trace.path / "routing"
     layers = counts.layers
     steps = max(counts.rows, default=-1) // layers + 1
     for step in range(steps):
-        tokens = {counts.rows.get(step * layers + layer, 0) for layer in range(layers)}
-        if len(tokens) != 1 or 0 in tokens:
-            missing = [n for n in range(layers) if not counts.rows.get(step * layers + n)]
+        tokens = [counts.rows.get(step * layers + layer, 0) for layer in range(layers)]
+        stack = next((s for s in trace.shape.stacks if any(tokens[layer] for layer in s)), None)
+        wanted = range(layers) if stack is None or sum(tokens) != _total(tokens, stack) else stack
+        missing = [layer for layer in wanted if not tokens[layer]]
+        if missing or len({tokens[layer] for layer in wanted}) != 1:
             what = f"lacks layer {missing[0]}" if missing else "has layers of different lengths"
             raise TraceError(f"{folder}: step {step} {what}. Record the trace again.")
+    return steps
 
 
-def _check_steps(trace: Trace, counts: _Counts) -> None:
+def _total(tokens: Sequence[int], layers: range) -> int:
+    return sum(tokens[layer] for layer in layers)
+
+
+def _check_steps(trace: Trace, counts: _Counts, num_steps: int) -> None:
     folder = trace.path / "steps"
     files = trace.manifest.tables["steps"]
     rows = pa.concat_tables([_read(trace, "steps", file) for file in files])
     step, layer = rows["step"].to_numpy().astype(np.int64), rows["layer"].to_numpy()
     whole = step[layer == WHOLE_STEP]
-    num_steps = len(counts.rows) // counts.layers
     if sorted(whole.tolist()) != list(range(num_steps)):
         raise TraceError(
             f"{folder}: the whole-step rows do not match the {num_steps} steps of routing."

@@ -27,7 +27,10 @@ _PR_SET_TIMERSLACK = 29
 
 @dataclass(slots=True, eq=False)
 class Copy:
-    """One expert on its way. Times are seconds on the run's clock; `needed_s` is None if unasked."""
+    """One expert on its way. Times are seconds on the run's clock; `needed_s` is None if unasked.
+
+    What is in `target` goes to `back` first, if there is such a place. `moved` counts bytes both ways.
+    """
 
     key: ExpertKey
     source: torch.Tensor
@@ -40,9 +43,27 @@ class Copy:
     needed_s: float | None = None
     is_urgent: bool = False
     is_cancelled: bool = False
+    back: torch.Tensor | None = None
     moved: int = 0
     done: threading.Event = field(default_factory=threading.Event)
     events: tuple[Any, Any] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What crosses the link for it."""
+        return self.source.numel() * (1 if self.back is None else 2)
+
+    def carry(self, start: int, most: int) -> int:
+        """Copy on from byte `start`, at most so many, in one direction; returns where it got to."""
+        size = self.source.numel()
+        if self.back is not None and start < size:
+            stop = min(size, start + most)
+            self.back[start:stop].copy_(self.target[start:stop])
+            return stop
+        first = self.num_bytes - size
+        stop = min(self.num_bytes, start + most)
+        self.target[start - first : stop - first].copy_(self.source[start - first : stop - first])
+        return stop
 
 
 class CopyEngine(Protocol):
@@ -182,10 +203,9 @@ class ThreadCopyEngine:
         if copy.moved == 0:
             copy.start_s = start
         due = start + (self._link.latency_s if self._link and copy.moved == 0 else 0.0)
-        total = copy.source.numel()
+        total = copy.num_bytes
         while copy.moved < total and not copy.is_cancelled:
-            stop = min(total, copy.moved + self._chunk_bytes)
-            copy.target[copy.moved : stop].copy_(copy.source[copy.moved : stop])
+            stop = copy.carry(copy.moved, self._chunk_bytes)
             if self._link:
                 due += (stop - copy.moved) / self._link.bandwidth_Bps
                 _sleep_until(due, self._now)
@@ -248,6 +268,8 @@ class CudaCopyEngine:
             end = torch.cuda.Event(enable_timing=True)
             with torch.cuda.stream(stream):
                 start.record()
+                if copy.back is not None:
+                    copy.back.copy_(copy.target, non_blocking=True)
                 copy.target.copy_(copy.source, non_blocking=True)
                 end.record()
             copy.events = (start, end)

@@ -7,21 +7,29 @@ sequences and positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 
+from .errors import UsageError
 from .timing import StepInfo
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One tokenised prompt. `sequence` numbers it within the run."""
+    """One tokenised prompt. `sequence` numbers it within the run.
+
+    `forced` are tokens to be fed after it instead of what the model would choose; none: its own. `inputs` are
+    further arguments of the model's first pass, such as pixels; a prompt that has them runs in a batch of its own.
+    """
 
     sequence: int
     token_ids: tuple[int, ...]
+    forced: tuple[int, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(slots=True)
@@ -72,14 +80,28 @@ def greedy(
     """Generate greedily for one batch; the first pass is the prefill.
 
     Stops when every sequence has ended or reached `max_new_tokens`. An ended sequence stays in the
-    batch as padding, as in the library's own loop.
+    batch as padding, as in the library's own loop. Forced sequences end where the given text does, whatever
+    marks it holds. Encoder-decoder and diffusing models have loops of their own, which see fewer or more passes.
     """
+    own_loop = _own_loop(model)
+    if own_loop is not None:
+        return own_loop(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            first_step=first_step,
+            observer=observer,
+        )
+    accepted = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
     outputs = [Generated(prompt.sequence) for prompt in prompts]
     lengths = [len(prompt.token_ids) for prompt in prompts]
     width = max(lengths)
-    input_ids, mask = _left_padded(prompts, width, pad_id)
+    input_ids, mask = left_padded(prompts, width, pad_id)
     is_done = [False] * len(prompts)
+    is_forced = [bool(prompt.forced) for prompt in prompts]
     cache: Any = None
     clock = 0.0
     for count in range(max_new_tokens):
@@ -96,15 +118,18 @@ def greedy(
         out = model(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
-            position_ids=_positions(mask, query).to(device),
+            **_where(model, prompts, mask, query),
+            **(_inputs(prompts, device) if cache is None else {}),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {}),
         )
         cache = out.past_key_values
         chosen = out.logits[:, -1].argmax(dim=-1).tolist()
         clock += observer.end_step()
-        _append(outputs, chosen, is_done, eos_ids, clock)
+        chosen = forced_tokens(prompts, chosen, count)
+        append_tokens(outputs, chosen, is_done, is_forced, eos_ids, clock)
+        end_forced(prompts, is_done, count)
         if all(is_done):
             break
         input_ids = torch.tensor(
@@ -114,9 +139,25 @@ def greedy(
     return outputs
 
 
-def _left_padded(
+def writes_otherwise(model: Any) -> bool:
+    """Whether a model does not write one token per pass from the left to the right."""
+    return _own_loop(model) is not None
+
+
+def _own_loop(model: Any) -> Callable[..., list[Generated]] | None:
+    """The loop of models that do not write one token per pass from the left to the right."""
+    from .denoise import denoise, is_diffusing
+    from .translate import translate
+
+    if model.config.is_encoder_decoder:
+        return translate
+    return denoise if is_diffusing(model) else None
+
+
+def left_padded(
     prompts: Sequence[Prompt], width: int, pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask [prompts, width], the prompts at the right end."""
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
@@ -124,6 +165,28 @@ def _left_padded(
         ids[row, width - length :] = torch.tensor(prompt.token_ids)
         mask[row, width - length :] = 1
     return ids, mask
+
+
+def _inputs(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
+    if len(prompts) > 1 and any(prompt.inputs for prompt in prompts):
+        raise UsageError("Prompts with images run one at a time. Use --batch-size 1.")
+    return {name: value.to(device) for name, value in prompts[0].inputs.items()}
+
+
+def _where(
+    model: Any, prompts: Sequence[Prompt], mask: torch.Tensor, query: int
+) -> dict[str, torch.Tensor]:
+    """Positions of the tokens. Where images lie between them, the model counts those of the first pass itself."""
+    positions = _positions(mask, query).to(next(model.parameters()).device)
+    if not any(prompt.inputs for prompt in prompts):
+        return {"position_ids": positions}
+    if query > 1:
+        return {}
+    # Models with positions in three axes say how far the images have moved them.
+    moved = getattr(model.model, "rope_deltas", None)
+    if moved is None:
+        return {"position_ids": positions}
+    return {"position_ids": (positions + moved)[None].expand(3, -1, -1)}
 
 
 def _positions(mask: torch.Tensor, query: int) -> torch.Tensor:
@@ -152,18 +215,35 @@ def _step_tokens(
     return StepTokens(sequences, positions, input_ids.flatten().tolist())
 
 
-def _append(
+def forced_tokens(prompts: Sequence[Prompt], chosen: list[int], count: int) -> list[int]:
+    """What is fed next: the given text where there is one, else what the model chose."""
+    return [
+        prompt.forced[count] if count < len(prompt.forced) else token
+        for prompt, token in zip(prompts, chosen, strict=True)
+    ]
+
+
+def end_forced(prompts: Sequence[Prompt], is_done: list[bool], count: int) -> None:
+    """End the sequences whose given text ends with this pass."""
+    for row, prompt in enumerate(prompts):
+        if prompt.forced and count + 1 >= len(prompt.forced):
+            is_done[row] = True
+
+
+def append_tokens(
     outputs: list[Generated],
     chosen: list[int],
     is_done: list[bool],
+    is_forced: list[bool],
     eos_ids: frozenset[int],
     clock: float,
 ) -> None:
+    """Add one pass's tokens to the sequences that go on, and end those whose token is an end mark."""
     for row, token in enumerate(chosen):
         if is_done[row]:
             continue
         outputs[row].token_ids.append(token)
         outputs[row].token_s.append(clock)
-        if token in eos_ids:
+        if token in eos_ids and not is_forced[row]:
             outputs[row].finish = "eos"
             is_done[row] = True

@@ -46,7 +46,7 @@ def _call_s(
     stand_in = StandIn(layer.module, arena.part(range(groups)))
     stock = stock_function(layer.module, implementation)
     dtype = layout.places[0].dtype
-    states = torch.zeros(1, shape.hidden_size, dtype=dtype, device=device)
+    states = torch.zeros(1, layer.input_size, dtype=dtype, device=device)
     chosen = torch.arange(shape.top_k, device=device)[None, :]
     weights = torch.ones(1, shape.top_k, dtype=dtype, device=device)
     seconds: list[float] = []

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import embedded
+from .adapters import adapt
 from .errors import ResourceError, UsageError
-from .hooks import ExpertLayer, expert_layers, model_shape
+from .hooks import ExpertLayer, choose_implementation, expert_layers, model_shape
 from .types import ModelShape
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -23,7 +24,11 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model on the host, ready to be placed, with its tokenizer and shape."""
+    """A model on the host, ready to be placed, with its tokenizer and shape.
+
+    `modalities` names the token ids that stand for something other than text. `notes` are sentences that whoever
+    reads a trace of this model should know.
+    """
 
     model: Any
     tokenizer: Any
@@ -32,6 +37,13 @@ class LoadedModel:
     eos_ids: frozenset[int]
     pad_id: int
     implementation: str
+    modalities: Mapping[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def max_lookahead(self) -> int:
+        """How many layers ahead gates can be asked; 0 if no gate can be asked early."""
+        return len(self.layers) - 1 if any(layer.gate for layer in self.layers) else 0
 
 
 def choose_device(name: str) -> torch.device:
@@ -69,7 +81,7 @@ def load_model(
     The model stays on the host; the caller places it. Raises ResourceError when it cannot be had.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     is_embedded = name in (None, EMBEDDED)
     source = str(embedded.MODEL_DIR) if is_embedded else str(name)
@@ -78,10 +90,9 @@ def load_model(
     )
     try:
         with quiet_transformers():
+            kind = model_class(AutoConfig.from_pretrained(source, **arguments))
             tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=choose_dtype(dtype, device), **arguments
-            )
+            model = kind.from_pretrained(source, dtype=choose_dtype(dtype, device), **arguments)
     except (OSError, ValueError, SafetensorError) as cause:
         first = str(cause).strip().splitlines()[0]
         raise ResourceError(
@@ -89,8 +100,9 @@ def load_model(
             "safetensors, or a Hub id; offline, fetch it first with `hf download`."
         ) from None
     model.eval()
+    notes = adapt(model)
     layers = expert_layers(model)
-    model.set_experts_implementation(implementation)
+    choose_implementation(layers, implementation)
     shape = model_shape(
         model, layers, model_id=EMBEDDED if is_embedded else source, revision=revision
     )
@@ -98,7 +110,57 @@ def load_model(
     pad_id = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)
     )
-    return LoadedModel(model, tokenizer, layers, shape, eos_ids, pad_id, implementation)
+    return LoadedModel(
+        model,
+        tokenizer,
+        layers,
+        shape,
+        eos_ids,
+        pad_id,
+        implementation,
+        modalities=_modalities(model.config),
+        notes=notes,
+    )
+
+
+_TOWERS = {"qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}
+"""Checkpoints of several models, and the class of the one that reads and writes text."""
+
+
+def model_class(config: Any) -> Any:
+    """What loads a checkpoint of this config with its head that writes text.
+
+    Raises ResourceError if it writes none.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    name = config.model_type
+    if name in _TOWERS:
+        return getattr(transformers, _TOWERS[name])
+    if name in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForSeq2SeqLM
+    sees = hasattr(config, "vision_config")
+    if name in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and sees:
+        return transformers.AutoModelForImageTextToText
+    if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForCausalLM
+    if name in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return transformers.AutoModelForImageTextToText
+    raise ResourceError(
+        f"A {type(config).__name__} ({name}) describes no model that writes text, which is what is traced. Allowed: "
+        "causal, encoder-decoder and image-text models. See docs/families.md."
+    )
+
+
+def _modalities(config: Any) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for label in ("image", "video", "audio"):
+        for suffix in ("token_id", "token_index"):
+            token = getattr(config, f"{label}_{suffix}", None)
+            if isinstance(token, int):
+                found[token] = label
+    return found
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

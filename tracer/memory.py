@@ -8,7 +8,7 @@ single operation is not seen there.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -166,8 +166,8 @@ def peaks(
     first_step: int = 0,
 ) -> list[tuple[StepInfo, int]]:
     """Peak bytes of working tensors and KV cache together, for each of a batch's first passes."""
-    with PeakMeter(device) as meter:
-        watch = _PeakObserver(observer or SilentObserver(), meter)
+
+    def generate(watch: StepObserver) -> None:
         greedy(
             loaded.model,
             batch,
@@ -177,6 +177,17 @@ def peaks(
             first_step=first_step,
             observer=watch,
         )
+
+    return peaks_of(generate, device, observer or SilentObserver())
+
+
+def peaks_of(
+    generate: Callable[[StepObserver], object], device: torch.device, observer: StepObserver
+) -> list[tuple[StepInfo, int]]:
+    """Peak bytes of working tensors and KV cache together, for each pass that `generate` shows its observer."""
+    with PeakMeter(device) as meter:
+        watch = _PeakObserver(observer, meter)
+        generate(watch)
     return watch.peaks
 
 

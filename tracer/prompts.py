@@ -1,29 +1,46 @@
-"""Reads prompts from text or JSON lines, and cuts them into batches."""
+"""Reads prompts from text or JSON lines, turns them into tokens, and cuts them into batches.
+
+A prompt is text, or a conversation for the tokenizer's chat template. It may bring the text that follows it
+(`completion`), which a run then feeds instead of what the model would write (teacher forcing).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import embedded
-from .errors import InputError, UsageError
+from .errors import InputError, ResourceError, UsageError
 from .generate import Prompt
 
 MAX_PROMPT_TOKENS = 2048
 """Longer prompts are cut here."""
 
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_KEYS = ("role", "content")
+CHAT_TEMPLATE = "chat"
+"""Label of prompts that went through the tokenizer's chat template and have none of their own."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptText:
-    """One prompt as given. `domain` is empty if the file has no labels."""
+    """One prompt as given. `domain` and `template` are empty if the file has no labels.
+
+    `messages` are the (role, content) of a conversation; `text` is then their JSON. `completion` is text
+    that is to follow.
+    """
 
     prompt_id: str
     domain: str
     text: str
+    template: str = ""
+    completion: str | None = None
+    messages: tuple[tuple[str, str], ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -32,8 +49,10 @@ class PromptText:
 
 
 def read_prompts(path: Path | None) -> list[PromptText]:
-    """Prompts of a `.jsonl` file (fields text or prompt, id, domain) or one per line of a text file.
+    """Prompts of a `.jsonl` file or one per line of a text file.
 
+    Fields of a line: `text` (or `prompt`) or `messages`, and if wanted `id`, `domain`, `template` and
+    `completion`. A conversation that ends with the assistant brings that answer as its completion.
     None gives the held-out prompts of the embedded model. Raises InputError naming the line.
     """
     path = path or embedded.PROMPTS
@@ -60,12 +79,73 @@ def _json_line(path: Path, number: int, line: str) -> PromptText:
         row: Any = json.loads(line)
     except ValueError as cause:
         raise InputError(f"{path}, line {number}: not JSON ({cause}).") from None
-    text = row.get("text", row.get("prompt")) if isinstance(row, dict) else None
+    where = f"{path}, line {number}"
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with a non-empty string `text`.")
+    labels = str(row.get("id", number)), str(row.get("domain", ""))
+    template = str(row.get("template", ""))
+    completion = row.get("completion")
+    if completion is not None and not (isinstance(completion, str) and completion):
+        raise InputError(f"{where}: `completion` must be a non-empty string.")
+    if "messages" in row:
+        messages = _messages(where, row["messages"])
+        if completion is None and len(messages) > 1 and messages[-1][0] == "assistant":
+            completion, messages = messages[-1][1], messages[:-1]
+        text = json.dumps([{"role": role, "content": said} for role, said in messages])
+        return PromptText(*labels, text, template, completion, messages)
+    text = row.get("text", row.get("prompt"))
     if not isinstance(text, str) or not text:
+        raise InputError(f"{where}: expected an object with a non-empty string `text`.")
+    return PromptText(*labels, text, template, completion)
+
+
+def _messages(where: str, value: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: `messages` must be a non-empty list.")
+    found: list[tuple[str, str]] = []
+    for place, item in enumerate(value):
+        role, content = (item.get(key) if isinstance(item, dict) else None for key in _KEYS)
+        if role not in _ROLES or not isinstance(content, str) or not content:
+            raise InputError(
+                f"{where}: message {place} must have a `role` ({', '.join(_ROLES)}) and a non-empty "
+                "string `content`."
+            )
+        found.append((str(role), content))
+    return tuple(found)
+
+
+def as_chat(prompts: Sequence[PromptText]) -> list[PromptText]:
+    """Plain prompts as conversations of one message by the user; those that are conversations stay."""
+    return [
+        prompt if prompt.messages else replace(prompt, messages=(("user", prompt.text),))
+        for prompt in prompts
+    ]
+
+
+def labelled(prompts: Sequence[PromptText]) -> list[PromptText]:
+    """Conversations without a template label get one that says how they were written out."""
+    return [
+        replace(prompt, template=CHAT_TEMPLATE)
+        if prompt.messages and not prompt.template
+        else prompt
+        for prompt in prompts
+    ]
+
+
+def is_teacher_forced(prompts: Sequence[PromptText], wanted: bool | None) -> bool:
+    """Whether the text that follows is given: as wanted, or else if the prompts bring it.
+
+    Raises InputError if only some of them do.
+    """
+    bring = [prompt for prompt in prompts if prompt.completion is not None]
+    if wanted is None and bring and len(bring) < len(prompts):
+        lacking = next(prompt for prompt in prompts if prompt.completion is None)
         raise InputError(
-            f"{path}, line {number}: expected an object with a non-empty string `text`."
+            f"{len(bring)} of {len(prompts)} prompts bring a completion, and prompt "
+            f"{lacking.prompt_id!r} does not. Give all of them one, or choose with --teacher-forced "
+            "or --own-generation."
         )
-    return PromptText(str(row.get("id", number)), str(row.get("domain", "")), text)
+    return bool(bring) if wanted is None else wanted
 
 
 def choose_prompts(prompts: Sequence[PromptText], limit: int | None) -> list[PromptText]:
@@ -79,14 +159,65 @@ def choose_prompts(prompts: Sequence[PromptText], limit: int | None) -> list[Pro
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[PromptText], max_tokens: int) -> list[Prompt]:
-    """Token ids of each prompt, cut at `max_tokens`. Raises InputError for a prompt of no tokens."""
+    """Token ids of each prompt, cut at `max_tokens`; conversations go through the chat template.
+
+    Raises InputError for a prompt of no tokens, ResourceError if the tokenizer has no chat template.
+    """
     tokenized: list[Prompt] = []
     for number, prompt in enumerate(prompts):
-        ids = tokenizer(prompt.text)["input_ids"][:max_tokens]
+        ids = _token_ids(tokenizer, prompt)[:max_tokens]
         if not ids:
             raise InputError(f"Prompt {prompt.prompt_id!r} has no tokens.")
         tokenized.append(Prompt(number, tuple(ids)))
     return tokenized
+
+
+def teacher_forced(
+    tokenizer: Any, prompts: Sequence[PromptText], max_tokens: int, max_new_tokens: int
+) -> list[Prompt]:
+    """Prompts with the tokens that are to follow them, at most `max_new_tokens`.
+
+    A prompt without a completion gives its own last tokens, and keeps one at least. Raises InputError for
+    a prompt too short for that, or a completion of no tokens.
+    """
+    forced: list[Prompt] = []
+    for prompt, one in zip(prompts, tokenize(tokenizer, prompts, max_tokens), strict=True):
+        if prompt.completion is None:
+            count = min(max_new_tokens, len(one.token_ids) - 1)
+            head, tail = one.token_ids[: len(one.token_ids) - count], one.token_ids[-count:]
+            follow = tail if count else ()
+        else:
+            head = one.token_ids
+            plain = tokenizer(prompt.completion, add_special_tokens=False)["input_ids"]
+            follow = tuple(plain[:max_new_tokens])
+        if not follow:
+            raise InputError(
+                f"Prompt {prompt.prompt_id!r} leaves no token to be fed after it. Teacher forcing needs "
+                "a `completion`, or a text of two tokens or more."
+            )
+        forced.append(Prompt(one.sequence, head, follow))
+    return forced
+
+
+def _token_ids(tokenizer: Any, prompt: PromptText) -> list[int]:
+    if not prompt.messages:
+        return tokenizer(prompt.text)["input_ids"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise ResourceError(
+            "The model's tokenizer has no chat template, so conversations cannot be written out. Use a "
+            "chat model, or give plain `text` without --chat."
+        )
+    messages = [{"role": role, "content": content} for role, content in prompt.messages]
+    try:
+        written = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as cause:  # templates are programs of their own, and raise what they like
+        raise InputError(
+            f"Prompt {prompt.prompt_id!r} does not fit the model's chat template: {cause}."
+        ) from None
+    # The template writes the special tokens itself.
+    return tokenizer(written, add_special_tokens=False)["input_ids"]
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from .errors import UsageError
+from .types import Origin
 
 _BYTES = {
     "B": 1,
@@ -54,11 +55,17 @@ def parse_seconds(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LinkSpec:
-    """A link by bandwidth and per-copy latency, as in `8GB/s+10us`."""
+    """A link by bandwidth and per-copy latency, as in `8GB/s+10us`.
+
+    A measured one also knows how many times as long a copy takes beside compute; `note` says where it is from.
+    """
 
     text: str
     bandwidth_Bps: float
     latency_s: float
+    origin: Origin = "declared"
+    busy_factor: float = 1.0
+    note: str = ""
 
     @classmethod
     def parse(cls, text: str) -> LinkSpec:

@@ -7,8 +7,9 @@ device can be traced too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from torch import nn
 
 from .blocks import HostBlocks, SlotArena, StandIn
 from .copies import Copy, CopyEngine, copy_engine
+from .gates import GateTap, ranked
 from .generate import Generated, Prompt, StepTokens, greedy
 from .hooks import ExpertLayer, gate_choice, install, stock_function
 from .load import LoadedModel
 from .prompts import PromptText, batches
 from .quantities import LinkSpec
-from .schema import SEQUENCES, STEPS, TRANSFERS
+from .routing_rows import RoutingRows, distinct_count
+from .schema import STEPS, TRANSFERS, sequences_schema
 from .slotwise import SlotCompute, combine
 from .timing import StepInfo, StepTimer, step_timer
 from .types import ExpertKey
@@ -42,14 +45,9 @@ class Recording:
     weights: bool = True
     token_ids: bool = True
     text: bool = False
-
-
-@dataclass(slots=True)
-class _Routing:
-    """Routing rows waiting to be written, as arrays per (step, layer)."""
-
-    parts: list[dict[str, Any]] = field(default_factory=list)
-    rows: int = 0
+    scores: int = 0
+    """Likeliest experts per token whose gate scores are kept; 0 for none, else at least top_k."""
+    template: bool = False
 
 
 class Recorder:
@@ -67,12 +65,20 @@ class Recorder:
         self.recording = recording
         self.timer = timer or step_timer(device)
         self._writer = writer
-        self._routing = _Routing()
+        self._routing = RoutingRows(
+            num_experts=loaded.shape.num_experts,
+            top_k=loaded.shape.top_k,
+            lookahead=recording.lookahead,
+            scores=recording.scores,
+            has_weights=recording.weights,
+            has_token_ids=recording.token_ids,
+            modalities=loaded.modalities,
+        )
         self._info: StepInfo | None = None
-        self._tokens = StepTokens([], [], [])
         self.engine: CopyEngine | None = None
-        self._transfers = 0
+        self.transfers = 0
         self._flushed_s = self.timer.now()
+        self._tap: GateTap | None = None
 
     @property
     def step(self) -> int:
@@ -82,7 +88,8 @@ class Recorder:
 
     def begin_step(self, info: StepInfo, tokens: StepTokens) -> None:
         """See generate.StepObserver."""
-        self._info, self._tokens = info, tokens
+        self._info = info
+        self._routing.begin(info, tokens)
         self.timer.begin(info)
 
     def end_step(self) -> float:
@@ -98,80 +105,76 @@ class Recorder:
         chosen: np.ndarray,
         weights: torch.Tensor,
         lookahead: dict[int, np.ndarray],
+        scores: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        """Keep one event's routing: arrays are [tokens, top_k]."""
-        part: dict[str, Any] = {
-            "layer": layer,
-            "info": self._info,
-            "tokens": self._tokens,
-            "experts": chosen.astype(np.uint16),
-            "lookahead": lookahead,
-        }
-        if self.recording.weights:
-            part["weights"] = weights.detach().float().cpu().numpy().astype(np.float16)
-        self._routing.parts.append(part)
-        self._routing.rows += len(chosen)
+        """Keep one event's routing: arrays are [tokens, top_k], those of `scores` (ids, scores) [tokens, m].
+
+        Raises ResourceError for routing that a trace of this model could not say.
+        """
+        self._routing.add(layer, chosen, weights, lookahead, scores)
 
     def lookahead(self, layer: int, hidden_states: torch.Tensor) -> dict[int, np.ndarray]:
         """What the next layers' gates pick from this layer's hidden state."""
         found: dict[int, np.ndarray] = {}
         layers = self.loaded.layers
         for depth in range(1, self.recording.lookahead + 1):
-            gate = layers[layer + depth].gate if layer + depth < len(layers) else None
-            if gate is not None:
+            later = layers[layer + depth] if layer + depth < len(layers) else None
+            gate = later.gate if later and later.tower == layers[layer].tower else None
+            if gate is not None and hidden_states.shape[-1] == layers[layer + depth].input_size:
                 ids = gate_choice(gate, hidden_states, self.loaded.shape.top_k)
                 found[depth] = ids.cpu().numpy().astype(np.uint16)
         return found
 
-    def write(self) -> None:
-        """Hand everything collected to the writer, and make it durable every few seconds."""
+    def scores(
+        self, layer: int, top_k_index: torch.Tensor, chosen: np.ndarray, weights: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """The likeliest experts of each token and the gate's scores of them, if they are recorded."""
+        if self._tap is None:
+            return None
+        found = self._tap.scores(layer, top_k_index, weights, self.loaded.shape.num_experts)
+        ids = ranked(found, chosen, self.recording.scores)
+        return ids.astype(np.uint16), np.take_along_axis(found, ids, 1).astype(np.float16)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear the gates while the context is open, if their scores are recorded."""
+        self._tap = GateTap(self.loaded.layers) if self.recording.scores else None
+        try:
+            yield
+        finally:
+            if self._tap is not None:
+                self._tap.close()
+            self._tap = None
+
+    def write(self, ended: pa.Table | None = None) -> None:
+        """Hand everything collected to the writer, and make it durable every few seconds.
+
+        `ended` are rows for the sequences of a batch that has come to its end.
+        """
         steps = self.timer.rows.take()
         if self._writer is None:
-            self._routing = _Routing()
+            self._routing.drop()
             return
-        if self._routing.parts:
-            self._writer.append("routing", self._routing_table())
-            self._routing = _Routing()
+        # In this order: appending may flush, a step is whole once its row here is on disk, and a batch
+        # has ended once its sequences are.
+        self._write_transfers(self._writer)
+        routing = self._routing.take()
+        if routing is not None:
+            self._writer.append("routing", routing)
         if steps:
             self._writer.append("steps", _labelled(pa.table(steps), STEPS))
-        self._write_transfers(self._writer)
+        if ended is not None:
+            self._writer.append("sequences", ended)
         if self.timer.now() - self._flushed_s > _FLUSH_EVERY_S:
             self._writer.flush()
             self._flushed_s = self.timer.now()
-
-    def _routing_table(self) -> pa.Table:
-        parts = self._routing.parts
-        top_k = self.loaded.shape.top_k
-        columns: dict[str, Any] = {
-            "step": _repeat(parts, lambda p: p["info"].step, np.int32),
-            "layer": _repeat(parts, lambda p: p["layer"], np.int16),
-            "sequence": np.concatenate([p["tokens"].sequence for p in parts]).astype(np.int32),
-            "position": np.concatenate([p["tokens"].position for p in parts]).astype(np.int32),
-            "phase": [p["info"].phase for p in parts for _ in range(len(p["experts"]))],
-            "experts": _lists([p["experts"] for p in parts], top_k),
-        }
-        ids = np.concatenate([p["tokens"].token_id for p in parts]).astype(np.int32)
-        columns["token_id"] = ids if self.recording.token_ids else np.full_like(ids, -1)
-        columns["modality"] = np.where(columns["position"] < 0, "pad", "text")
-        if self.recording.weights:
-            columns["weights"] = _lists([p["weights"] for p in parts], top_k)
-        for depth in range(1, self.recording.lookahead + 1):
-            columns[f"lookahead_{depth}"] = pa.concat_arrays(
-                [
-                    _lists([p["lookahead"][depth]], top_k)
-                    if depth in p["lookahead"]
-                    else pa.nulls(len(p["experts"]), pa.list_(pa.uint16(), top_k))
-                    for p in parts
-                ]
-            )
-        return _labelled(pa.table(columns), None)
 
     def _write_transfers(self, writer: TraceWriter) -> None:
         copies = self.engine.take_records() if self.engine else []
         if not copies:
             return
-        numbers = range(self._transfers, self._transfers + len(copies))
-        self._transfers += len(copies)
+        numbers = range(self.transfers, self.transfers + len(copies))
+        self.transfers += len(copies)
         assert self.engine is not None
         stream = self.engine.stream_names[0]
         columns = {
@@ -212,7 +215,7 @@ class ResidentExperts:
         chosen = _observe(self._recorder, self._layer, hidden_states, top_k_index, top_k_weights)
         output = self._stock(module, hidden_states, top_k_index, top_k_weights)
         timer.lap("experts_s")
-        timer.leave(self._layer, distinct=len(np.unique(chosen)), waves=1)
+        timer.leave(self._layer, distinct=distinct_count(chosen), waves=1)
         timer.skip()
         return output
 
@@ -288,7 +291,8 @@ def _observe(
     timer.lap("readback_s")
     lookahead = recorder.lookahead(layer, hidden_states)
     timer.lap("lookahead_s")
-    recorder.record(layer, chosen, top_k_weights, lookahead)
+    scores = recorder.scores(layer, top_k_index, chosen, top_k_weights)
+    recorder.record(layer, chosen, top_k_weights, lookahead, scores)
     timer.skip()
     return chosen
 
@@ -297,35 +301,39 @@ def record_run(
     recorder: Recorder,
     prompts: Sequence[Prompt],
     texts: Sequence[PromptText],
-    writer: TraceWriter,
     *,
     batch_size: int,
     max_new_tokens: int,
     make: Callable[[ExpertLayer], Any],
     advance: Callable[[int], None],
+    first_batch: int = 0,
+    first_step: int = 0,
 ) -> list[Generated]:
-    """Generate for all prompts, batch by batch, recording; `advance` hears of tokens done."""
+    """Generate for all prompts, batch by batch, recording; `advance` hears of tokens done.
+
+    A resumed run leaves the batches before `first_batch` out and counts its steps from `first_step`.
+    """
     loaded = recorder.loaded
     restore = install(loaded.model, loaded.layers, make)
     outputs: list[Generated] = []
-    step = 0
+    step = first_step
     try:
         for number, batch in enumerate(batches(prompts, batch_size)):
-            generated = greedy(
-                loaded.model,
-                batch,
-                max_new_tokens=max_new_tokens,
-                eos_ids=loaded.eos_ids,
-                pad_id=loaded.pad_id,
-                first_step=step,
-                observer=recorder,
-            )
-            step += max(len(one.token_ids) for one in generated)
-            writer.append(
-                "sequences", _sequences(number, batch, generated, texts, recorder.recording)
-            )
+            if number < first_batch:
+                continue
+            with recorder.listening():
+                generated = greedy(
+                    loaded.model,
+                    batch,
+                    max_new_tokens=max_new_tokens,
+                    eos_ids=loaded.eos_ids,
+                    pad_id=loaded.pad_id,
+                    first_step=step,
+                    observer=recorder,
+                )
+            step = recorder.step + 1
+            recorder.write(_sequences(number, batch, generated, texts, recorder.recording))
             outputs += generated
-            recorder.write()
             advance(sum(len(one.token_ids) for one in generated))
     finally:
         restore()
@@ -367,28 +375,12 @@ def _sequences(
                 "prompt_sha256": text.sha256,
                 "prompt_text": text.text if recording.text else None,
                 "output_ids": one.token_ids if recording.token_ids else None,
+                "template": text.template,
             }
         )
-    return pa.Table.from_pylist(rows, schema=SEQUENCES)
+    return pa.Table.from_pylist(rows, schema=sequences_schema(template=recording.template))
 
 
-def _repeat(
-    parts: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], int], kind: Any
-) -> Any:
-    return np.concatenate([np.full(len(p["experts"]), value(p), dtype=kind) for p in parts])
-
-
-def _lists(arrays: Sequence[np.ndarray], size: int) -> pa.FixedSizeListArray:
-    flat = pa.array(np.concatenate(arrays).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, size)
-
-
-def _labelled(table: pa.Table, schema: pa.Schema | None) -> pa.Table:
+def _labelled(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Turn text columns into the format's labels."""
-    if schema is not None:
-        return table.select(schema.names).cast(schema)
-    label = pa.dictionary(pa.int8(), pa.string())
-    for name in ("phase", "modality"):
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, name, table[name].cast(pa.string()).cast(label))
-    return table
+    return table.select(schema.names).cast(schema)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .errors import InputError, TraceError, UsageError
-from .records import from_json, read_json
-from .schema import TABLES, WHOLE_STEP, FileInfo, table_schemas
-from .store import read_manifest, read_part, require_hash
-from .writer import HEADER, MANIFEST, PARTS, Header, TraceWriter, publish
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """The parts whose bytes are as they were written, by table, and words on the others."""
-
-    files: dict[str, list[FileInfo]]
-    lost: list[str]
+from .errors import TraceError, UsageError
+from .schema import WHOLE_STEP, table_schemas
+from .store import read_part
+from .unfinished import (
+    Parts,
+    intact_parts,
+    is_complete,
+    read_header,
+    slim_routing,
+    small_tables,
+    whole_steps,
+)
+from .writer import Header, TraceWriter, publish
 
 
 def salvage(partial: Path, out: Path) -> list[str]:
@@ -39,87 +36,19 @@ def salvage(partial: Path, out: Path) -> list[str]:
         raise TraceError(f"{partial} is not a folder, so there is nothing to salvage.")
     if out.exists():
         raise UsageError(f"{out} exists. Choose another name for the salvaged trace.")
-    if _is_complete(partial):
+    if is_complete(partial):
         publish(partial, out)
         return []
-    header = _read_header(partial)
-    parts = _intact_parts(partial)
+    header = read_header(partial)
+    parts = intact_parts(partial)
     return _rebuild(partial, out, header, parts)
 
 
-def _is_complete(partial: Path) -> bool:
-    """Tell whether the run ended and only the renaming was cut off."""
-    if not (partial / MANIFEST).is_file():
-        return False
-    try:
-        for files in read_manifest(partial).tables.values():
-            for file in files:
-                require_hash(partial / file.path, file)
-    except TraceError:
-        if not (partial / HEADER).is_file():
-            raise
-        return False
-    return True
-
-
-def _read_header(partial: Path) -> Header:
-    path = partial / HEADER
-    try:
-        return from_json(Header, read_json(path, TraceError), str(path))
-    except InputError as error:
-        raise TraceError(
-            f"{error} Without it nothing in {partial} can be salvaged; record the trace again."
-        ) from None
-
-
-def _intact_parts(partial: Path) -> _Parts:
-    parts = _Parts({table: [] for table in TABLES}, [])
-    for line in _lines(partial / PARTS):
-        try:
-            record = json.loads(line)
-            table = record.pop("table")
-            file = from_json(FileInfo, record)
-            files = parts.files[table]
-        except (ValueError, KeyError, AttributeError, TypeError, InputError):
-            parts.lost.append(f"{PARTS} ends in a torn line; parts listed after it were dropped.")
-            break
-        if _is_intact(partial / file.path, file):
-            files.append(file)
-        else:
-            parts.lost.append(f"{file.path} is damaged or missing and was dropped.")
-    return parts
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _is_intact(path: Path, file: FileInfo) -> bool:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
-    except OSError:
-        return False
-
-
-def _rebuild(partial: Path, out: Path, header: Header, parts: _Parts) -> list[str]:
+def _rebuild(partial: Path, out: Path, header: Header, parts: Parts) -> list[str]:
     schemas = table_schemas(header.shape, header.recorded)
-    tables = {
-        table: pa.concat_tables(
-            [schemas[table].empty_table()]
-            + [read_part(partial / file.path, schemas[table]) for file in files]
-        )
-        for table, files in parts.files.items()
-        if table != "routing"
-    }
-    slim = ["step", "layer", "sequence", "position"]
-    routing = pa.concat_tables(
-        [pa.schema([schemas["routing"].field(name) for name in slim]).empty_table()]
-        + [read_part(partial / f.path, schemas["routing"], slim) for f in parts.files["routing"]]
-    )
-    num_steps = _whole_steps(routing, tables["steps"], header)
+    tables = small_tables(partial, parts.files, schemas)
+    routing = slim_routing(partial, parts.files["routing"], schemas["routing"])
+    num_steps = whole_steps(routing, tables["steps"], header)
     if num_steps == 0:
         raise TraceError(
             f"{partial} holds no step that is whole in every table, so there is nothing to keep. "
@@ -156,30 +85,6 @@ def _rebuild(partial: Path, out: Path, header: Header, parts: _Parts) -> list[st
             writer.flush()
         writer.close(warnings=[f"Salvaged: {words}" for words in lost], salvaged=True)
     return lost
-
-
-def _whole_steps(routing: pa.Table, steps: pa.Table, header: Header) -> int:
-    """Steps from 0 on, without a gap, that have all layers with all tokens in every table."""
-    layers = header.shape.num_moe_layers
-    keys = routing["step"].to_numpy().astype(np.int64) * layers + routing["layer"].to_numpy()
-    found = np.bincount(keys) if keys.size else np.zeros(0, dtype=np.int64)
-    found = np.pad(found, (0, -len(found) % layers)).reshape(-1, layers)
-    is_whole = (found > 0).all(axis=1) & (found == found[:, :1]).all(axis=1)
-    if "steps" in header.recorded:
-        is_whole &= _agreed(found, steps)
-    gaps = np.flatnonzero(~is_whole)
-    return int(gaps[0]) if gaps.size else len(is_whole)
-
-
-def _agreed(found: np.ndarray, steps: pa.Table) -> np.ndarray:
-    step, layer = steps["step"].to_numpy(), steps["layer"].to_numpy()
-    is_in = step < len(found)
-    told = np.zeros_like(found)
-    is_layer = is_in & (layer != WHOLE_STEP)
-    told[step[is_layer], layer[is_layer]] = steps["tokens"].to_numpy()[is_layer]
-    has_whole = np.zeros(len(found), dtype=bool)
-    has_whole[step[is_in & (layer == WHOLE_STEP)]] = True
-    return has_whole & (told == found).all(axis=1)
 
 
 def _dropped(routing: pa.Table, num_steps: int) -> list[str]:
@@ -223,6 +128,7 @@ def _missing_sequences(
                 "prompt_sha256": "",
                 "prompt_text": None,
                 "output_ids": None,
+                "template": "",
             }
         )
     return pa.Table.from_pylist(rows, schema=schema)

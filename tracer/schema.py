@@ -26,11 +26,14 @@ def _field(name: str, kind: pa.DataType, meaning: str, *, nullable: bool = False
 _LABEL = pa.dictionary(pa.int8(), pa.string())
 
 
-def routing_schema(top_k: int, *, weights: bool = False, lookahead: int = 0) -> pa.Schema:
+def routing_schema(
+    top_k: int, *, weights: bool = False, lookahead: int = 0, scores: int = 0
+) -> pa.Schema:
     """One row per (step, layer, token): which experts the router chose.
 
     `weights` adds the gate weights; `lookahead` adds one column per depth with the experts that
-    the gate of layer + depth picks from this layer's hidden state.
+    the gate of layer + depth picks from this layer's hidden state; `scores` adds that many of each
+    token's likeliest experts with what the gate gave them.
     """
     ids = pa.list_(pa.uint16(), top_k)
     columns = [
@@ -57,6 +60,20 @@ def routing_schema(top_k: int, *, weights: bool = False, lookahead: int = 0) -> 
         )
         for depth in range(1, lookahead + 1)
     )
+    if scores:
+        columns += [
+            _field(
+                "score_ids",
+                pa.list_(pa.uint16(), scores),
+                "likeliest experts of the token: those chosen by score, then the others by score, ties by id",
+            ),
+            _field(
+                "scores",
+                pa.list_(pa.float16(), scores),
+                "natural log of what the gate gave these experts, up to a constant per token: weights are in "
+                "proportion to exp(score)",
+            ),
+        ]
     return pa.schema(columns)
 
 
@@ -120,6 +137,21 @@ SEQUENCES = pa.schema(
 )
 
 
+TEMPLATE = _field("template", pa.string(), "label of the prompt's template, or empty")
+"""Last column of `sequences` where prompts came with templates (`template` in manifest.recorded)."""
+
+
+def sequences_schema(*, template: bool = False) -> pa.Schema:
+    """One row per prompt. `template` adds the label of its template."""
+    return SEQUENCES.append(TEMPLATE) if template else SEQUENCES
+
+
+def recorded_scores(recorded: Sequence[str]) -> int:
+    """How many experts per token have gate scores: 16 if `scores_16` was recorded, 0 if none."""
+    found = (name.removeprefix("scores_") for name in recorded if name.startswith("scores_"))
+    return next((int(number) for number in found if number.isdigit()), 0)
+
+
 def table_schemas(shape: ModelShape, recorded: Sequence[str]) -> dict[str, pa.Schema]:
     """Return the schema of every table of one trace, by table name."""
     return {
@@ -127,10 +159,11 @@ def table_schemas(shape: ModelShape, recorded: Sequence[str]) -> dict[str, pa.Sc
             shape.top_k,
             weights="weights" in recorded,
             lookahead=sum(name.startswith("lookahead_") for name in recorded),
+            scores=recorded_scores(recorded),
         ),
         "steps": STEPS,
         "transfers": TRANSFERS,
-        "sequences": SEQUENCES,
+        "sequences": sequences_schema(template="template" in recorded),
     }
 
 
@@ -149,7 +182,7 @@ class Manifest:
     """`manifest.json`: written last, so its presence means the trace is complete.
 
     `trace_id` is a hash over the files' hashes and the shape; `recorded` names what later parts
-    may rely on (routing, weights, lookahead_1…, token_ids, text, steps, transfers).
+    may rely on (routing, weights, lookahead_1…, scores_M, token_ids, text, template, steps, transfers).
     """
 
     trace_id: str

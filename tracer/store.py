@@ -2,69 +2,64 @@
 
 Opening is cheap: it looks at the manifest and at the files' sizes. A file is verified against its
 hash when it is first read, so damage never passes as data; `check.py` verifies everything at once.
+A trace may lie behind a URL that fsspec understands; each file is then fetched when it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TypeVar, cast
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from .errors import InputError, TraceError, unknown_name
+from .arrays import NO_EXPERT, RoutingArrays, is_held, joined_arrays, routing_arrays
+from .errors import InputError, TraceError, UsageError, unknown_name
+from .partread import Bounds, Fetched, Filters, matching_groups, read_part
 from .records import from_json, read_json
+from .remote import Location, RemotePath, location_of
 from .schema import FORMAT, TABLES, FileInfo, Manifest, table_schemas
 from .types import HardwareProfile, ModelShape
 from .writer import CHECKSUMS, HEADER, MANIFEST, PARTS, content_id, partial_path
 
-NO_EXPERT = 65_535
-"""Stands for null in arrays of expert ids: no prediction was recorded for that row."""
+__all__ = [
+    "NO_EXPERT",
+    "Filters",
+    "RoutingArrays",
+    "Trace",
+    "read_manifest",
+    "read_part",
+    "require_hash",
+    "routing_arrays",
+]
 
-Filters = pc.Expression | list[tuple[str, str, Any]]
+_READERS = 4
+"""Parts that are decoded at a time; beyond a few, memory is what limits."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoutingArrays:
-    """The routing table as numpy arrays, one entry per row, in recorded order.
-
-    `experts` is uint16 [rows, top_k] in router order; `weights` float16 [rows, top_k] or None;
-    `lookahead[d]` uint16 [rows, top_k], filled with NO_EXPERT where nothing was predicted.
-    """
-
-    step: np.ndarray
-    layer: np.ndarray
-    sequence: np.ndarray
-    position: np.ndarray
-    phase_is_decode: np.ndarray
-    token_id: np.ndarray
-    is_pad: np.ndarray
-    experts: np.ndarray
-    weights: np.ndarray | None = None
-    lookahead: dict[int, np.ndarray] = field(default_factory=dict)
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class Trace:
-    """One complete trace on disk. Make it with `Trace.open`."""
+    """One complete trace, on disk or behind a URL. Make it with `Trace.open`."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, path: Location, manifest: Manifest) -> None:
+        self.path = cast(Path, path)
+        """The folder. That of a remote trace is a RemotePath, which is read as a Path is."""
         self.manifest = manifest
         self._verified: set[str] = set()
 
     @classmethod
-    def open(cls, path: Path | str) -> Trace:
-        """Open the folder at `path`.
+    def open(cls, path: Location | str) -> Trace:
+        """Open the folder at `path`, which may be a URL such as `s3://bucket/trace`.
 
         Raises TraceError, naming the file and what to do, if the trace is missing, unfinished,
-        of another format version, or lacks a file the manifest lists.
+        of another format version, or lacks a file the manifest lists; ResourceError if the URL needs a
+        package that is not installed.
         """
-        folder = Path(path)
+        folder = location_of(path)
         _require_finished(folder)
         manifest = read_manifest(folder)
         for file in _files(manifest):
@@ -92,40 +87,91 @@ class Trace:
         return table_schemas(self.manifest.shape, self.manifest.recorded)
 
     def table(
-        self, name: str, columns: Sequence[str] | None = None, filters: Filters | None = None
+        self,
+        name: str,
+        columns: Sequence[str] | None = None,
+        filters: Filters | None = None,
+        *,
+        steps: tuple[int, int] | None = None,
+        layers: Sequence[int] | None = None,
     ) -> pa.Table:
         """Read a table, or some `columns` of the rows that pass `filters` (pyarrow's notation).
 
-        A table that was not recorded is empty. Raises UsageError for unknown names and TraceError
-        naming the file that cannot be read.
+        `steps` (first, end) and `layers` narrow it as well, and row groups that hold none of them are not
+        decoded; a part that holds none is neither fetched nor verified. A table that was not recorded is
+        empty. Raises UsageError for unknown names and TraceError naming the file that cannot be read.
         """
-        if name not in TABLES:
-            raise unknown_name("table", name, TABLES)
-        schema = self.schemas[name]
+        schema, bounds = self._schema(name), _bounds(name, steps, layers)
         wanted = list(columns) if columns is not None else list(schema.names)
         named = [item[0] for item in filters] if isinstance(filters, list) else []
         for column in [*wanted, *named]:
             if column not in schema.names:
                 raise unknown_name(f"column of {name}", column, schema.names)
         kept = pa.schema([schema.field(column) for column in wanted])
-        files = self.manifest.tables.get(name, ())
-        for file in files:
-            if file.path not in self._verified:
-                require_hash(self.path / file.path, file)
-                self._verified.add(file.path)
-        pieces = [read_part(self.path / file.path, schema, wanted, filters) for file in files]
+        pieces = [
+            read_part(self._source(file), schema, wanted, filters, bounds)
+            for file in self._files_with(name, bounds)
+        ]
         return pa.concat_tables([kept.empty_table(), *pieces])
 
-    def routing_arrays(self) -> RoutingArrays:
-        """Read the whole routing table into numpy arrays."""
-        return routing_arrays(self.table("routing"))
+    def row_groups(
+        self,
+        name: str,
+        *,
+        steps: tuple[int, int] | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> list[tuple[str, int]]:
+        """(file, row group) of what `table` would decode with these bounds: what a question costs."""
+        self._schema(name)
+        bounds = _bounds(name, steps, layers)
+        files = self.manifest.tables.get(name, ())
+        return [
+            (file.path, group)
+            for file in files
+            for group in matching_groups(self.path / file.path, bounds)
+        ]
+
+    def routing_arrays(
+        self, *, steps: tuple[int, int] | None = None, layers: Sequence[int] | None = None
+    ) -> RoutingArrays:
+        """Read the routing table, or some steps (first, end) and layers of it, into numpy arrays."""
+        schema, bounds = self._schema("routing"), _bounds("routing", steps, layers)
+        held = pa.schema([field for field in schema if is_held(field.name)])
+
+        def read(file: FileInfo) -> pa.Table:
+            return read_part(self._source(file), schema, held.names, None, bounds)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            parts = _taken(pool, read, self._files_with("routing", bounds))
+            return joined_arrays(parts, held, lambda fill, items: _taken(pool, fill, items))
+
+    def _schema(self, name: str) -> pa.Schema:
+        if name not in TABLES:
+            raise unknown_name("table", name, TABLES)
+        return self.schemas[name]
+
+    def _files_with(self, name: str, bounds: Bounds | None) -> list[FileInfo]:
+        files = self.manifest.tables.get(name, ())
+        if bounds is None:
+            return list(files)
+        return [file for file in files if matching_groups(self.path / file.path, bounds)]
+
+    def _source(self, file: FileInfo) -> Path | Fetched:
+        """What to read a part from, verified: its path, or its bytes if it had to be fetched."""
+        path: Location = self.path / file.path
+        if isinstance(path, RemotePath):
+            return _fetched(path, file)
+        if file.path not in self._verified:
+            require_hash(path, file)
+            self._verified.add(file.path)
+        return path
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """Read and verify `manifest.json` alone; raises TraceError naming it."""
     path = folder / MANIFEST
     try:
-        document = read_json(path, TraceError)
+        document = read_json(cast(Path, path), TraceError)
         found = document.get("format") if isinstance(document, dict) else None
         if found != FORMAT:
             raise TraceError(
@@ -152,33 +198,6 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def read_part(
-    path: Path,
-    schema: pa.Schema,
-    columns: Sequence[str] | None = None,
-    filters: Filters | None = None,
-) -> pa.Table:
-    """Read one Parquet file that must have exactly `schema`; raises TraceError naming it."""
-    try:
-        if not pq.read_schema(path).equals(schema):
-            raise TraceError(
-                f"{path} does not have the columns of a trace of this shape: it is damaged or "
-                "belongs elsewhere. Restore it from a copy, or record the trace again."
-            )
-        return pq.read_table(
-            path,
-            columns=None if columns is None else list(columns),
-            filters=filters,
-            partitioning=None,  # pyright: ignore[reportArgumentType]
-            page_checksum_verification=True,
-        )
-    except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
-        raise TraceError(
-            f"{path} cannot be read as Parquet ({_first_line(error)}). It is damaged: restore it "
-            "from a copy, or record the trace again."
-        ) from error
-
-
 def require_hash(path: Path, file: FileInfo) -> None:
     """Raise TraceError naming `path` unless its bytes are those the manifest tells of."""
     try:
@@ -187,58 +206,50 @@ def require_hash(path: Path, file: FileInfo) -> None:
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}.") from error
     if digest != file.sha256:
-        raise TraceError(
-            f"{path} was changed after the trace was written: its sha256 is not the one in "
-            f"{MANIFEST}. Restore it from a copy, or record the trace again."
-        )
+        raise TraceError(_changed(path))
 
 
-def routing_arrays(rows: pa.Table) -> RoutingArrays:
-    """Turn rows of the routing table into numpy arrays."""
-    names = rows.column_names
-    depths = [int(name.removeprefix("lookahead_")) for name in names if "lookahead_" in name]
-    return RoutingArrays(
-        step=rows.column("step").to_numpy(),
-        layer=rows.column("layer").to_numpy(),
-        sequence=rows.column("sequence").to_numpy(),
-        position=rows.column("position").to_numpy(),
-        phase_is_decode=_has_label(rows.column("phase"), "decode"),
-        token_id=rows.column("token_id").to_numpy(),
-        is_pad=_has_label(rows.column("modality"), "pad"),
-        experts=_matrix(rows.column("experts")),
-        weights=_matrix(rows.column("weights")) if "weights" in names else None,
-        lookahead={depth: _matrix(rows.column(f"lookahead_{depth}")) for depth in depths},
+def _fetched(path: RemotePath, file: FileInfo) -> Fetched:
+    try:
+        body = path.read_bytes()
+    except OSError as error:
+        raise TraceError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if hashlib.sha256(body).hexdigest() != file.sha256:
+        raise TraceError(_changed(path))
+    return Fetched(str(path), body)
+
+
+def _changed(path: Location) -> str:
+    return (
+        f"{path} was changed after the trace was written: its sha256 is not the one in "
+        f"{MANIFEST}. Restore it from a copy, or record the trace again."
     )
 
 
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    width = column.type.list_size
-    pieces = [np.empty((0, width), dtype=column.type.value_type.to_pandas_dtype())]
-    for chunk in column.chunks:
-        # `values` ignores the chunk's own window, and what lies under a null is arbitrary.
-        flat = chunk.values.slice(chunk.offset * width, len(chunk) * width)
-        if flat.null_count:
-            flat = pc.fill_null(flat, NO_EXPERT)
-        piece = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
-        if chunk.null_count:
-            piece = piece.copy()
-            piece[chunk.is_null().to_numpy(zero_copy_only=False)] = NO_EXPERT
-        pieces.append(piece)
-    return np.concatenate(pieces)
+def _bounds(
+    name: str, steps: tuple[int, int] | None, layers: Sequence[int] | None
+) -> Bounds | None:
+    if steps is None and layers is None:
+        return None
+    if name == "sequences":
+        raise UsageError("The sequences table has neither steps nor layers; use filters instead.")
+    return Bounds(steps, None if layers is None else tuple(layers))
 
 
-def _has_label(column: pa.ChunkedArray, label: str) -> np.ndarray:
-    pieces = [np.empty(0, dtype=bool)]
-    for chunk in column.chunks:
-        is_label = np.array([item == label for item in chunk.dictionary.to_pylist()], dtype=bool)
-        pieces.append(is_label[chunk.indices.to_numpy()])
-    return np.concatenate(pieces)
+def _taken(pool: ThreadPoolExecutor, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """Do `work` on all items, several at a time; the first error is raised."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    return list(pool.map(work, items))
 
 
-def _require_finished(folder: Path) -> None:
-    partial = partial_path(folder) if folder.name else folder / ".partial"
+def _require_finished(folder: Location) -> None:
     if (folder / MANIFEST).is_file() and folder.suffix != ".partial":
         return
+    if isinstance(folder, RemotePath):
+        what = f"has no {MANIFEST}" if folder.exists() else "does not exist"
+        raise TraceError(f"{folder} {what}, so it is not a trace folder.")
+    partial = partial_path(folder) if folder.name else folder / ".partial"
     if (folder / HEADER).exists() or (folder / PARTS).exists() or folder.suffix == ".partial":
         partial = folder
     if partial.is_dir() and not (folder / MANIFEST).is_file():
@@ -258,7 +269,7 @@ def _require_finished(folder: Path) -> None:
     raise TraceError(f"{folder} {what}. Record one with `expertflow-trace run --out {folder}`.")
 
 
-def _require_sound(path: Path, manifest: Manifest) -> None:
+def _require_sound(path: Location, manifest: Manifest) -> None:
     shape = manifest.shape
     if not (shape.moe_layers and 1 <= shape.top_k <= shape.num_experts <= NO_EXPERT):
         raise TraceError(
@@ -277,7 +288,7 @@ def _require_sound(path: Path, manifest: Manifest) -> None:
             raise TraceError(f"{path}: unknown table {table!r}; known: {', '.join(TABLES)}.")
 
 
-def _matches_sums(path: Path) -> bool:
+def _matches_sums(path: Location) -> bool:
     sums = path.with_name(CHECKSUMS)
     if not sums.is_file():
         return True
@@ -285,19 +296,15 @@ def _matches_sums(path: Path) -> bool:
     return line in sums.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
-def _require_size(folder: Path, file: FileInfo) -> None:
+def _require_size(folder: Location, file: FileInfo) -> None:
     path = folder / file.path
     advice = "Restore it from a copy, or record the trace again."
     if not path.is_file():
         raise TraceError(f"{path} is missing, though the manifest lists it. {advice}")
-    size = path.stat().st_size
+    size = path.size if isinstance(path, RemotePath) else path.stat().st_size
     if size != file.bytes:
         raise TraceError(f"{path} has {size:,} bytes instead of {file.bytes:,}. {advice}")
 
 
 def _files(manifest: Manifest) -> list[FileInfo]:
     return [file for files in manifest.tables.values() for file in files]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -39,26 +39,26 @@ class StepInfo:
 
 @dataclass(slots=True)
 class StepRows:
-    """Rows for the `steps` table, column by column."""
+    """Rows for the `steps` table; every row has the same keys."""
 
-    columns: dict[str, list[Any]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append one row; every row has the same keys."""
-        for name, value in row.items():
-            self.columns.setdefault(name, []).append(value)
+        """Append one row."""
+        self.rows.append(row)
 
     def take(self) -> dict[str, list[Any]]:
-        """Hand over what was collected and start empty."""
-        taken, self.columns = self.columns, {}
-        return taken
+        """Hand over what was collected, column by column, and start empty."""
+        taken, self.rows = self.rows, []
+        return {name: [row[name] for row in taken] for name in taken[0]} if taken else {}
 
 
 class StepTimer:
     """Laps on the host clock; complete for devices that compute when asked to (CPU).
 
     Call order per pass: begin, then per layer enter, lap…, leave, then end. `lap(name)` closes the time
-    since the last mark under that name; `skip` drops it (the tracer's own work).
+    since the last mark under that name; `skip` drops it (the tracer's own work). What is done for a pass before it
+    begins counts as `schedule_s` of its row, from a call of `prepare` on.
     """
 
     def __init__(self) -> None:
@@ -68,6 +68,8 @@ class StepTimer:
         self._skipped = 0.0
         self._mark = 0.0
         self._step_start = 0.0
+        self._prepared: float | None = None
+        self._schedule_s = 0.0
         self._layer_start = 0.0
         self._laps: dict[str, float] = {}
 
@@ -75,11 +77,18 @@ class StepTimer:
         """Seconds on the run's clock."""
         return time.perf_counter() - self.origin
 
+    def prepare(self) -> None:
+        """From here to `begin`, the next pass is prepared."""
+        self._prepared = self.now()
+
     def begin(self, info: StepInfo) -> None:
         """Start a forward pass."""
         self._info = info
         self._skipped = 0.0
         self._step_start = self._mark = self.now()
+        self._schedule_s = 0.0
+        if self._prepared is not None:
+            self._schedule_s, self._prepared = self._step_start - self._prepared, None
 
     def enter(self) -> None:
         """The model reached a layer's experts: what came before was its mixer."""
@@ -105,8 +114,9 @@ class StepTimer:
 
     def end(self) -> float:
         """The pass is done: write its row. Returns its seconds."""
-        total = self.now() - self._step_start - self._skipped
-        self._write(WHOLE_STEP, self._step_start, 0, 0, dict.fromkeys(LAPS, 0.0), total)
+        total = self.now() - self._step_start - self._skipped + self._schedule_s
+        began = self._step_start - self._schedule_s
+        self._write(WHOLE_STEP, began, 0, 0, dict.fromkeys(LAPS, 0.0), total, self._schedule_s)
         return total
 
     def _lap_sum(self) -> float:
@@ -120,6 +130,7 @@ class StepTimer:
         waves: int,
         laps: dict[str, float],
         total_s: float,
+        schedule_s: float = 0.0,
     ) -> None:
         info = self._info
         assert info is not None
@@ -135,6 +146,7 @@ class StepTimer:
                 "waves": waves,
                 "start_s": start_s,
                 **laps,
+                "schedule_s": schedule_s,
                 "total_s": total_s,
             }
         )

@@ -28,7 +28,8 @@ class ExpertKey(NamedTuple):
 class ModelShape:
     """All a simulator needs to know of a model.
 
-    `moe_layers` maps our layer numbers (its indices) to the model's decoder layers (its values).
+    `moe_layers` maps our layer numbers (its indices) to the model's decoder layers (its values); an encoder's
+    come before them, counted from 0 as well.
     `expert_bytes` is one packed block, padding included. `kv_bytes_per_token` covers all layers.
     """
 
@@ -50,6 +51,20 @@ class ModelShape:
     def num_moe_layers(self) -> int:
         """Number of layers that have experts."""
         return len(self.moe_layers)
+
+    @property
+    def stacks(self) -> tuple[range, ...]:
+        """Layers (as we number them) that one forward pass runs: all of them, or an encoder's and a decoder's.
+
+        A second stack begins where the model's own layer numbers start again.
+        """
+        starts = [
+            place
+            for place, layer in enumerate(self.moe_layers)
+            if place == 0 or layer <= self.moe_layers[place - 1]
+        ]
+        ends = [*starts[1:], self.num_moe_layers]
+        return tuple(range(start, end) for start, end in zip(starts, ends, strict=True))
 
     @property
     def total_experts(self) -> int:

@@ -72,7 +72,8 @@ class TraceWriter:
     by `part_rows` rows per table; `flush` may be called at any time to bound what a kill costs.
 
     Raises UsageError if `out` exists and `overwrite` is false; ResourceError if the disk is full or
-    not writable. With `overwrite`, the old trace goes only after the new one is complete.
+    not writable. With `overwrite`, the old trace goes only after the new one is complete. `kept` are parts that
+    are in the `.partial` folder already, in order: the writer goes on behind them (see resume.py).
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class TraceWriter:
         overwrite: bool = False,
         part_rows: int = 65_536,
         partial: Path | None = None,
+        kept: Mapping[str, Sequence[FileInfo]] | None = None,
     ) -> None:
         self.out = Path(out) if Path(out).name not in ("", "..") else Path(out).resolve()
         self.partial = partial or partial_path(self.out)
@@ -97,14 +99,16 @@ class TraceWriter:
         self._part_rows = part_rows
         self._buffers: dict[str, list[pa.Table]] = {table: [] for table in TABLES}
         self._buffered: dict[str, int] = dict.fromkeys(TABLES, 0)
-        self._files: dict[str, list[FileInfo]] = {table: [] for table in TABLES}
+        self._files: dict[str, list[FileInfo]] = {
+            table: list((kept or {}).get(table, ())) for table in TABLES
+        }
         self._is_closed = False
-        self._refuse_existing(overwrite)
+        self._refuse_existing(overwrite, is_resumed=kept is not None)
         with self._disk_errors():
-            if self.partial.exists():
+            if kept is None and self.partial.exists():
                 shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True)
-            _write_durably(self.partial / HEADER, _json_bytes(self.header))
+            self.partial.mkdir(parents=True, exist_ok=kept is not None)
+            write_durably(self.partial / HEADER, _json_bytes(self.header))
 
     def append(self, table: str, batch: pa.Table | pa.RecordBatch) -> None:
         """Add rows to `table`, in the order they are to be read back.
@@ -122,8 +126,9 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Write everything in memory to disk, as one part per table that has rows."""
-        # Steps go last: a step is only whole once its rows in the other tables are on disk.
-        for table in ("sequences", "transfers", "routing", "steps"):
+        # A step is only whole once its rows in the other tables are on disk, and a batch has only ended
+        # once all its steps are.
+        for table in ("transfers", "routing", "steps", "sequences"):
             buffered, self._buffers[table] = self._buffers[table], []
             self._buffered[table] = 0
             rows = sum(piece.num_rows for piece in buffered)
@@ -190,13 +195,13 @@ class TraceWriter:
         files = [file for files in manifest.tables.values() for file in files]
         lines = [f"{file.sha256}  {file.path}\n" for file in files]
         lines.append(f"{hashlib.sha256(body).hexdigest()}  {MANIFEST}\n")
-        _write_durably(self.partial / CARD, dataset_card(manifest, self._schemas).encode())
-        _write_durably(self.partial / CHECKSUMS, "".join(lines).encode())
-        _write_durably(self.partial / MANIFEST, body)
+        write_durably(self.partial / CARD, dataset_card(manifest, self._schemas).encode())
+        write_durably(self.partial / CHECKSUMS, "".join(lines).encode())
+        write_durably(self.partial / MANIFEST, body)
         publish(self.partial, self.out)
 
     def _write_part(self, table: str, rows: pa.Table) -> None:
-        number = len(self._files[table])
+        number = next_number(self._files[table])
         path = f"{table}/part-{number:05d}.parquet"
         with self._disk_errors():
             info = self._write_file(path, table, rows, number)
@@ -215,11 +220,11 @@ class TraceWriter:
     def _write_file(self, path: str, table: str, rows: pa.Table, number: int) -> FileInfo:
         body = parquet_bytes(rows, table, number)
         (self.partial / path).parent.mkdir(exist_ok=True)
-        _write_durably(self.partial / path, body)
+        write_durably(self.partial / path, body)
         digest = hashlib.sha256(body).hexdigest()
         return FileInfo(path=path, rows=rows.num_rows, bytes=len(body), sha256=digest)
 
-    def _refuse_existing(self, overwrite: bool) -> None:
+    def _refuse_existing(self, overwrite: bool, is_resumed: bool) -> None:
         if self.out.exists() and not overwrite:
             raise UsageError(f"{self.out} exists. Choose another name, or pass --overwrite.")
         if self.out.exists() and not _is_ours(self.out, MANIFEST):
@@ -227,10 +232,13 @@ class TraceWriter:
                 f"{self.out} exists and is not a trace, so it is not overwritten. "
                 "Choose another name, or remove it yourself."
             )
+        if is_resumed:
+            return
         if self.partial.exists() and not (overwrite and _is_ours(self.partial, HEADER, MANIFEST)):
             raise UsageError(
                 f"{self.partial} is left from a run that was killed or is still going. "
-                f"Keep it with `expertflow-trace check {self.partial} --salvage OTHER`, remove it, "
+                "Go on with --resume, keep it with "
+                f"`expertflow-trace check {self.partial} --salvage OTHER`, remove it, "
                 "or pass --overwrite."
             )
 
@@ -244,6 +252,11 @@ class TraceWriter:
                 "choose another folder; what was written before can be kept with "
                 f"`expertflow-trace check {self.partial} --salvage OTHER`."
             ) from error
+
+
+def next_number(files: Sequence[FileInfo]) -> int:
+    """Number of the part to come after `files`: names sort in the order of their rows."""
+    return 1 + max((int(Path(file.path).stem.rpartition("-")[2]) for file in files), default=-1)
 
 
 def publish(partial: Path, out: Path) -> None:
@@ -271,7 +284,8 @@ def _json_bytes(record: Any) -> bytes:
     return (json.dumps(to_json(record), indent=2) + "\n").encode()
 
 
-def _write_durably(path: Path, body: bytes) -> None:
+def write_durably(path: Path, body: bytes) -> None:
+    """Replace a file at once, and only after its new bytes are on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(body)

@@ -13,8 +13,10 @@ def short(name: str, limit: int = 44) -> str:
     return f"{name[: limit - tail - 1]}…{name[-tail:]}"
 
 
-def short_names(names: Sequence[str], limit: int = 44) -> list[str]:
-    """The names cut to `limit`, numbered where cutting made two alike: an axis would merge them."""
+def short_names(names: Sequence[str], limit: int = 44, *, number: bool = True) -> list[str]:
+    """The names cut to `limit`, numbered where two are alike then: an axis would merge them."""
+    if not number:
+        return [short(name, limit) for name in names]
     out: list[str] = []
     seen: dict[str, int] = {}
     for name in names:

@@ -31,6 +31,7 @@ PARTS = (
     Part("readback_s", "routing read-back", theme.MEANING["miss"]),
     Part("decision_s", "policy decision", theme.MEANING["demand"]),
     Part("lookahead_s", "look-ahead", theme.MEANING["prefetch"]),
+    Part("schedule_s", "regrouping batches", "#8E6BB0"),
     Part("other_s", "other", theme.MEANING["other"]),
 )
 

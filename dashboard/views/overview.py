@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -11,24 +10,21 @@ import pandas as pd
 import streamlit as st
 
 from ...simulator.result import Result, Tuning, Verdict
-from ...tracer.records import to_json
 from ...tracer.schema import Manifest
 from .. import parts, words
 from ..data import (
-    ALL,
     Catalog,
     Found,
     Problem,
-    RoutingSummary,
     SequenceSummary,
     Subject,
-    routing_summary,
     sequence_summary,
     subjects,
 )
 from ..figures import candidates as candidate_figures
 from ..figures import capacity as capacity_figures
-from ..figures import routing as routing_figures
+from ..routing import routing_summary
+from . import popularity
 
 QUESTION: Final = (
     "Which experts does this model need, and what would keeping some of them on the device bring?"
@@ -66,7 +62,7 @@ def render(catalog: Catalog) -> None:
     if not found:
         parts.empty("There is no trace in this folder yet.", parts.FILL_TRACE)
         return
-    subject = _choose_subject(found)
+    subject = parts.choose_subject(found)
     if subject.trace:
         _trace_card(subject.trace)
     else:
@@ -84,14 +80,6 @@ def render(catalog: Catalog) -> None:
         parts.empty("This trace has not been tuned yet.", parts.FILL_TUNING)
     _results(subject)
     _policies(catalog, subject)
-
-
-def _choose_subject(found: Sequence[Subject]) -> Subject:
-    if len(found) == 1:
-        return found[0]
-    names = [subject.name for subject in found]
-    name = st.selectbox("Trace", names, key="trace", bind="query-params")
-    return found[names.index(name)] if name in names else found[0]
 
 
 def _choose_tuning(found: Sequence[Found[Tuning]]) -> Tuning | None:
@@ -260,77 +248,7 @@ def _routing(trace: Found[Manifest]) -> None:
     if isinstance(summary, Problem):
         parts.problems([summary])
         return
-    phase, domain, order = _routing_controls(summary)
-    counts = summary.select(phase, domain)
-    fig = routing_figures.heatmap(counts, phase, order)
-    alt = "Heatmap of MoE layers by experts. " + ". ".join(
-        routing_figures.heatmap_finding(counts, phase)
-    )
-    parts.chart(fig, routing_figures.heatmap_frame(counts), name="routing", alt=alt)
-    if summary.padding_rows:
-        share = words.percent(summary.padding_rows / summary.rows)
-        st.caption(f"{share} of the rows are padding; padding loads experts too, so it is counted.")
-    _skew(summary, domain)
-
-
-def _routing_controls(summary: RoutingSummary) -> tuple[str, str, routing_figures.Order]:
-    phases = [*summary.phases(), ALL]
-    places = st.columns([2, 2, 2])
-    with places[0]:
-        phase = st.segmented_control(
-            "Phase",
-            phases,
-            default="decode" if "decode" in phases else phases[0],
-            required=True,
-            key="phase",
-            bind="query-params",
-        )
-    with places[1]:
-        order = st.segmented_control(
-            "Order of experts",
-            ["number", "share"],
-            default="number",
-            required=True,
-            format_func=lambda o: {"number": "by number", "share": "busiest first"}[o],
-            key="order",
-            bind="query-params",
-        )
-    domain: str | None = ALL
-    if len(summary.domains) > 1:
-        with places[2]:
-            options = [ALL, *summary.domains]
-            domain = st.selectbox(
-                "Domain",
-                options,
-                format_func=lambda name: name or "unlabelled",
-                key="domain",
-                bind="query-params",
-            )
-    return phase or ALL, domain or ALL, "share" if order == "share" else "number"
-
-
-def _skew(summary: RoutingSummary, domain: str) -> None:
-    by_phase = {phase: summary.select(phase, domain) for phase in summary.phases()}
-    by_phase = {phase: counts for phase, counts in by_phase.items() if counts.any()}
-    frames = [
-        routing_figures.skew_frame(counts).assign(phase=phase) for phase, counts in by_phase.items()
-    ]
-    if not frames:
-        return
-    finding = routing_figures.skew_finding(by_phase)
-    parts.chart(
-        routing_figures.skew(by_phase),
-        pd.concat(frames, ignore_index=True),
-        name="skew",
-        alt="Cumulative share of choices by share of experts. " + ". ".join(finding),
-    )
-    far = routing_figures.domain_distance({d: summary.select(ALL, d) for d in summary.domains})
-    if far:
-        st.caption(
-            f"Domains differ: {words.plain(far[0] or 'unlabelled')} and "
-            f"{words.plain(far[1] or 'unlabelled')} are furthest apart, "
-            f"{far[2]:.2f} in total variation (0 is the same experts, 1 no expert in common)."
-        )
+    popularity.heatmap(summary, *popularity.controls(summary))
 
 
 def _capacity(tuning: Tuning) -> None:
@@ -420,31 +338,6 @@ def _policies(catalog: Catalog, subject: Subject) -> None:
     st.header("Policy files")
     if not subject.policies:
         st.caption("None of these says that it was tuned on this trace.")
-    for policy in shown:
-        document = to_json(policy.value)
-        with st.expander(words.plain(policy.name), expanded=len(shown) == 1):
-            rows = [{"key": key, "value": value} for key, value in flatten(document)]
-            st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
-            st.download_button(
-                "Download this policy (JSON)",
-                json.dumps(document, indent=2) + "\n",
-                file_name=policy.path.name,
-                mime="application/json",
-                key=f"policy-{policy.name}",
-                on_click="ignore",
-                icon=":material/download:",
-            )
-            st.caption("Run the model under it:")
-            st.code(f"expertflow-trace deploy {parts.shell_path(policy.path)}", language="bash")
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested keys joined by dots, and their values as text."""
-    out: list[tuple[str, str]] = []
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            out += flatten(item, f"{prefix}{key}.")
-        else:
-            text = item if isinstance(item, str) else json.dumps(item)
-            out.append((f"{prefix}{key}", text if len(text) <= 200 else text[:199] + "…"))
-    return out
+    st.caption("Run the model under it; the page Policy explains each:")
+    lines = [f"expertflow-trace deploy {parts.shell_path(policy.path)}" for policy in shown]
+    st.code("\n".join(lines), language="bash")

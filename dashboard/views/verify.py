@@ -74,7 +74,7 @@ def reasons(verdict: Verdict) -> list[str]:
         failed = [c for c in run.checks if not c.passed]
         if failed:
             out.append(f"{name}: {words.plain(', '.join(map(words.miss, failed)))}")
-        if not run.same_tokens:
+        if not run.same_tokens and run.is_lossless:
             out.append(f"{name}: the text differs from the resident model’s")
         if not run.log_replays:
             out.append(f"{name}: the decision log does not replay")
@@ -91,12 +91,13 @@ def is_emulated(run: VerifiedRun) -> bool:
 def _promises(verdict: Verdict) -> None:
     runs = verdict.runs
     checks = [c for run in runs for c in run.checks]
-    same = sum(run.same_tokens for run in runs)
+    lossless = [run for run in runs if run.is_lossless]
+    same = sum(run.same_tokens for run in lossless)
     replays = sum(run.log_replays for run in runs)
     order = "yes" if verdict.order_preserved else "NO"
     tiles = [
         ("Checks within tolerance", f"{sum(c.passed for c in checks)} of {len(checks)}"),
-        ("Same text as resident", f"{same} of {len(runs)} runs"),
+        ("Same text as resident", f"{same} of {len(lossless)} runs"),
         ("Decision log replays", f"{replays} of {len(runs)} runs"),
         ("Order of policies preserved", order if len(runs) > 1 else "one run only"),
     ]
@@ -135,7 +136,8 @@ def _configuration(run: VerifiedRun) -> None:
         first = run.predicted
         link = f"{first.link} ({words.origin(first.link_origin)})"
         st.markdown(
-            f"Same text as the resident model: **{_yes(run.same_tokens)}** · "
+            f"Same text as the resident model: **{_yes(run.same_tokens)}**"
+            f"{'' if run.is_lossless else ' (lossy: no promise)'} · "
             f"decision log replays: **{_yes(run.log_replays)}** · "
             f"{len(run.measured)} measured repeats · "
             f"{first.slots} of {first.total_experts} experts resident · "

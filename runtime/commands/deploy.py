@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +15,7 @@ from ...tracer.commands.options import (
     Json,
     Limit,
     MaxNewTokens,
+    PathsDir,
     PolicyModel,
     PolicyPath,
     Prompts,
@@ -24,6 +24,9 @@ from ...tracer.commands.options import (
     Tier,
 )
 from ...tracer.console import print_json, print_rows, say
+
+if TYPE_CHECKING:
+    from ...simulator.policy.spec import PolicySpec
 
 
 def deploy(
@@ -38,9 +41,7 @@ def deploy(
     link: EmulatedLink = None,
     tier: Tier = "ram",
     threads: Threads = None,
-    paths: Annotated[
-        Path | None, typer.Option(help="Folder of a path predictor, for predictor `path`.")
-    ] = None,
+    paths: PathsDir = None,
     no_pin: Annotated[bool, typer.Option("--no-pin", help="Do not page-lock host memory.")] = False,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not compare with the resident model's text.")
@@ -50,7 +51,8 @@ def deploy(
 ) -> None:
     """Deploy a policy: offload the experts, generate, and measure what it costs.
 
-    Exits 5 if the text differs from the resident model's or the decision log does not replay.
+    Exits 5 if the text differs from the resident model's or the decision log does not replay. A lossy policy may change
+    the text: it is only said by how much.
 
     Example: expertflow-trace deploy policy.json --link 8GB/s+10us
     """
@@ -85,10 +87,10 @@ def deploy(
     else:
         rows = result_rows(result)
         rows.append(("predicted", _predicted(chosen.evidence)))
-        rows.append(("same text", _yes(result.same_tokens)))
+        rows.append(("same text", _same_text(result.same_tokens, chosen.behaviour)))
         rows.append(("log replays", _yes(result.log_replays)))
         print_rows(f"Measured: {result.label}", rows)
-    if result.same_tokens is False:
+    if result.same_tokens is False and chosen.behaviour.is_lossless:
         raise NotValidatedError(
             "The text differs from the resident model's under a lossless policy."
         )
@@ -107,6 +109,12 @@ def _predicted(evidence: Mapping[str, Any]) -> str:
         f"other prompts, {costs}, {predicted['link']} ({predicted['link_origin']}), batch "
         f"{predicted['batch_size']}"
     )
+
+
+def _same_text(answer: bool | None, spec: PolicySpec) -> str:
+    if answer is None or spec.is_lossless:
+        return _yes(answer)
+    return "yes, by chance: the policy is LOSSY" if answer else "no: the policy is LOSSY"
 
 
 def _yes(answer: bool | None) -> str:

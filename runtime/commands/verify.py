@@ -14,6 +14,7 @@ from ...tracer.commands.options import (
     Json,
     Limit,
     MaxNewTokens,
+    PathsDir,
     PolicyModel,
     PolicyPath,
     Prompts,
@@ -37,6 +38,7 @@ def verify(
     link: EmulatedLink = None,
     tier: Tier = "ram",
     threads: Threads = None,
+    paths: PathsDir = None,
     out: ResultOut = None,
     as_json: Json = False,
 ) -> None:
@@ -66,6 +68,7 @@ def verify(
             link=link,
             tier=tier,
             threads=threads,
+            paths=paths,
         ),
         repeats=repeats,
     )
@@ -78,7 +81,8 @@ def verify(
     else:
         for verified in verdict.runs:
             rows = [(check.quantity, check_line(check)) for check in verified.checks]
-            rows.append(("same text", "yes" if verified.same_tokens else "NO"))
+            no = "NO" if verified.is_lossless else "no: LOSSY, so that is no failure"
+            rows.append(("same text", "yes" if verified.same_tokens else no))
             rows.append(("log replays", "yes" if verified.log_replays else "NO"))
             print_rows(verified.label, rows)
         print_rows("Verdict", [("", verdict.summary), *(("warning", w) for w in verdict.warnings)])

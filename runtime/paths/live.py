@@ -31,10 +31,18 @@ class LivePaths:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="paths")
         self._asked: Promise[np.ndarray | None] | None = None
         self._paths: np.ndarray | None = None
+        self._known: np.ndarray | None = None
+
+    def tell(self, paths: np.ndarray) -> None:
+        """Somebody has predicted the next pass already: paths [rows, layers, m], as a follower gives them."""
+        self._known = paths
 
     def begin(self, tokens: StepTokens, batch: int) -> None:
         """A pass over these tokens starts: predict beside it."""
-        self._paths = None
+        self._paths, self._known = self._known, None
+        if self._paths is not None:
+            self._asked = None
+            return
         self._asked = self._worker.submit(self._follower.step, tokens, batch)
 
     def ahead(self, layer: int) -> Mapping[int, Sequence[Sequence[int]]]:

@@ -23,7 +23,7 @@ _SCOPE_NOTE = (
 def list_members(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
-    """List caches, allocations, predictors, schedulers, answers to misses, and declared hardware.
+    """List caches, allocations, predictors, schedulers, answers to misses, routings, and declared hardware.
 
     A star marks the member that is used where none is named.
 
@@ -99,7 +99,8 @@ def _member(family: Registry, name: str) -> dict[str, Any]:
         "params": _params(member),
         "engine": "compiled" if _runs_compiled(family, name) else "reference",
         # The runtime loads whatever is missing.
-        "is_deployable": not is_bound and (family.kind != "misses" or name == DEFAULTS["misses"]),
+        "is_deployable": not is_bound
+        and (family.kind != "misses" or getattr(member, "loads_all", False)),
         "is_default": name == DEFAULTS[family.kind],
     }
 
@@ -130,7 +131,7 @@ def _runs_compiled(family: Registry, name: str) -> bool:
 
     twins = {"cache": KINDS, "misses": MISSES}
     if family.kind not in twins:
-        return True
+        return not hasattr(family.get(name), "hear")
     return name in twins[family.kind] and family.get(name).__module__.startswith(family.package)
 
 

@@ -19,6 +19,21 @@ PredictorParam = Annotated[
     typer.Option(help="KEY=VALUE for the predictor; again for more.", metavar="KEY=VALUE"),
 ]
 
+RoutingParam = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE for the routing; again for more.", metavar="KEY=VALUE"),
+]
+SchedulerParam = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE for the scheduler; again for more.", metavar="KEY=VALUE"),
+]
+SchedulerName = Annotated[
+    str, typer.Option(help="Which sequences run together, and whether batches are regrouped.")
+]
+RoutingName = Annotated[
+    str, typer.Option(help="Which experts compute a token; others than as_routed are LOSSY.")
+]
+
 
 def parse_params(family: Registry, name: str, given: Sequence[str] | None) -> dict[str, Any]:
     """Read what was typed for a member: numbers and true or false as such, all else as text.

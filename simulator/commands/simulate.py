@@ -15,10 +15,11 @@ from ...tracer.commands.options import (
     Gpu,
     Json,
     MachinePath,
+    PathsDir,
     ResultOut,
     TraceDir,
 )
-from ...tracer.console import print_json, print_rows
+from ...tracer.console import print_json, print_rows, say
 from .arrival_options import (
     ArrivalOptions,
     Arrivals,
@@ -29,7 +30,15 @@ from .arrival_options import (
     Requests,
     Seed,
 )
-from .member_params import CacheParam, PredictorParam
+from .member_params import (
+    CacheParam,
+    PredictorParam,
+    RoutingName,
+    RoutingParam,
+    SchedulerName,
+    SchedulerParam,
+)
+from .timeline_options import TimelineOut, TimelineSteps, draw_run
 
 
 def simulate(
@@ -47,14 +56,15 @@ def simulate(
         typer.Option(help="layer (allocation equal) or global: whether layers share slots."),
     ] = None,
     misses: Annotated[str, typer.Option(help="Load, or compute on the CPU; see `list`.")] = "load",
-    scheduler: Annotated[str, typer.Option(help="Which sequences run together.")] = "fcfs",
+    scheduler: SchedulerName = "fcfs",
+    scheduler_param: SchedulerParam = None,
+    routing: RoutingName = "as_routed",
+    routing_param: RoutingParam = None,
     policy: Annotated[Path | None, typer.Option(help="A policy.json instead of the names.")] = None,
     link: DeclaredLink = None,
     machine: MachinePath = None,
     gpu: Gpu = None,
-    paths: Annotated[
-        Path | None, typer.Option(help="Folder of a path predictor; judge on its held-out prompts.")
-    ] = None,
+    paths: PathsDir = None,
     expert_table: ExpertTable = None,
     cpu_expert: CpuExpert = None,
     arrivals: Arrivals = None,
@@ -64,6 +74,12 @@ def simulate(
     lengths: Lengths = None,
     prefill: Prefill = None,
     seed: Seed = None,
+    policy_out: Annotated[
+        Path | None,
+        typer.Option(help="Write the policy as policy.json, to deploy it.", dir_okay=False),
+    ] = None,
+    timeline: TimelineOut = None,
+    timeline_steps: TimelineSteps = None,
     out: ResultOut = None,
     as_json: Json = False,
 ) -> None:
@@ -72,11 +88,13 @@ def simulate(
     Example: expertflow-trace simulate traces/demo/trace --cache lru --predictor none --budget 0.5
     """
     from ...tracer.errors import UsageError
-    from ...tracer.records import write_json
+    from ...tracer.records import to_json, write_json
+    from ...tracer.store import Trace
     from ..budget import parse_budget
     from ..judge import Opening, judge_of
-    from ..policy.registry import caches, predictors
-    from ..policy.spec import check_shape, make_spec, read_policy
+    from ..policy.registry import caches, predictors, routings, schedulers
+    from ..policy.spec import Member, check_shape, make_spec, read_policy, write_policy
+    from ..policy_file import policy_of
     from ..report import result_rows
     from ..scope import chosen_allocation
     from .member_params import parse_params
@@ -91,29 +109,31 @@ def simulate(
         paths=paths,
     ).forecaster()
     if policy is not None:
-        if cache_param or predictor_param:
-            raise UsageError(
-                "--policy brings its own parameters; leave --cache-param and --predictor-param out."
-            )
+        if cache_param or predictor_param or routing_param or scheduler_param:
+            raise UsageError("--policy brings its own parameters; leave those of members out.")
         chosen = read_policy(policy)
         check_shape(chosen.shape, ready.shape)
         spec = chosen.behaviour
     else:
-        cache_params = parse_params(caches, cache, cache_param)
-        predictor_params = parse_params(predictors, predictor, predictor_param)
-        taught = judge_of(ready, with_curves=True, lessons=predictors.get(predictor).needs)
+        routed = Member(name=routing, params=parse_params(routings, routing, routing_param))
+        taught = judge_of(
+            ready, with_curves=True, lessons=predictors.get(predictor).needs, routing=routed
+        )
         spec = make_spec(
             slots=parse_budget(budget, ready.shape),
             cache=cache,
-            cache_params=cache_params,
+            cache_params=parse_params(caches, cache, cache_param),
             predictor=predictor,
-            predictor_params=predictor_params,
+            predictor_params=parse_params(predictors, predictor, predictor_param),
             allocation=chosen_allocation(allocation, scope),
             scheduler=scheduler,
+            scheduler_params=parse_params(schedulers, scheduler, scheduler_param),
             misses=misses,
+            routing=routing,
+            routing_params=routed.params,
             popularity=taught.popularity,
             curves=taught.curves,
-            cpu_times=ready.costs.cpu_times(),
+            **ready.times(),
             lessons=taught.lessons,
         )
     asked = ArrivalOptions(
@@ -125,9 +145,19 @@ def simulate(
         prefill=prefill,
         seed=seed,
     )
+    if policy_out is not None and "future" in spec.needs():
+        raise UsageError(
+            f"{spec.label} knows the future: it is a bound and cannot be deployed. Leave --policy-out out."
+        )
     result = ready.predict(spec, serving=asked.serving(ready.workload, spec))
+    draw_run(timeline, timeline_steps, ready, spec, result)
     if out is not None:
         write_json(out, result)
+    if policy_out is not None:
+        evidence = {"predicted": to_json(result), "calibrated": machine is not None}
+        named = policy_of(spec, Trace.open(trace), budget=budget, evidence=evidence)
+        write_policy(policy_out, named)
+        say(f"Wrote {policy_out}. Next: expertflow-trace deploy {policy_out}")
     if as_json:
         print_json(result)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,13 +14,11 @@ from ...tracer.commands.options import (
     Gpu,
     Json,
     MachinePath,
+    PathsDir,
     TraceDir,
 )
 from ...tracer.console import print_json, print_rows, progress, say
-
-if TYPE_CHECKING:
-    from ...tracer.store import Trace
-    from ..choose import Choice
+from .member_params import RoutingName, RoutingParam, SchedulerName, SchedulerParam
 
 
 def tune(
@@ -42,11 +40,16 @@ def tune(
     max_tpot: Annotated[
         float | None, typer.Option(min=0, help="Goal: seconds per further token (p95).")
     ] = None,
+    routing: RoutingName = "as_routed",
+    routing_param: RoutingParam = None,
+    scheduler: SchedulerName = "fcfs",
+    scheduler_param: SchedulerParam = None,
     link: DeclaredLink = None,
     machine: MachinePath = None,
     gpu: Gpu = None,
     expert_table: ExpertTable = None,
     cpu_expert: CpuExpert = None,
+    paths: PathsDir = None,
     as_json: Json = False,
 ) -> None:
     """Predict all policies that fit, pick the fastest that meets the goals, and say why.
@@ -54,17 +57,25 @@ def tune(
     Writes OUT (policy.json) and beside it OUT's name with .tuning.json, for the dashboard. If nothing meets the
     goals, only the report is written, and the exit code is 1.
 
+    No lossy routing is chosen unless you name one: all policies are then tried with it.
+
     Example: expertflow-trace tune traces/demo/trace --budget 0.5 --out policy.json
     """
-    from ...tracer.records import write_json
+    from ...tracer.records import to_json, write_json
     from ...tracer.store import Trace
     from ..budget import parse_budget
     from ..choose import Goals, budgets_of, runs_of
     from ..choose import tune as choose
     from ..judge import Opening
+    from ..policy.registry import routings, schedulers
+    from ..policy.spec import Member, write_policy
+    from ..policy_file import policy_of
     from ..report import result_rows
     from ..space import Budget
+    from .member_params import parse_params
 
+    routed = Member(name=routing, params=parse_params(routings, routing, routing_param))
+    scheduled = Member(name=scheduler, params=parse_params(schedulers, scheduler, scheduler_param))
     opening = Opening(
         trace=trace,
         machine=machine,
@@ -72,6 +83,7 @@ def tune(
         expert_table=expert_table,
         link=link,
         cpu_expert=cpu_expert,
+        paths=paths,
     )
     goals = Goals(min_tokens_per_s=min_tokens_per_s, max_ttft_s=max_ttft, max_tpot_s=max_tpot)
     opened = Trace.open(trace)
@@ -82,10 +94,27 @@ def tune(
         wanted = budget or "0.5"
         budgets = [Budget(wanted, parse_budget(wanted, opened.shape))]
     with progress("tuning", runs_of(ready, budgets), "predictions") as report:
-        choice = choose(ready, budgets=budgets, goals=goals, advance=report.advance)
+        choice = choose(
+            ready,
+            budgets=budgets,
+            goals=goals,
+            advance=report.advance,
+            routing=routed,
+            scheduler=scheduled,
+        )
     write_json(tuning_path(out), choice.tuning)
     if choice.tuning.meets_goals:
-        _write_policy(out, choice, opened, is_calibrated=machine is not None)
+        policy = policy_of(
+            choice.spec,
+            opened,
+            budget=choice.tuning.budget,
+            evidence={
+                "predicted": to_json(choice.predicted),
+                "calibrated": machine is not None,
+                "explanation": list(choice.tuning.explanation),
+            },
+        )
+        write_policy(out, policy)
     if as_json:
         print_json(choice.predicted)
     else:
@@ -95,29 +124,11 @@ def tune(
         say(f"No policy was written, as none meets the goals. The report is {tuning_path(out)}.")
         raise typer.Exit(1)
     if not as_json:
-        say(f"Wrote {out}. Next: expertflow-trace deploy {out}")
-
-
-def _write_policy(out: Path, choice: Choice, opened: Trace, *, is_calibrated: bool) -> None:
-    from ...tracer.records import to_json
-    from ..policy.spec import PolicyFile, write_policy
-
-    hashes = opened.table("sequences", columns=["prompt_sha256"]).to_pydict()["prompt_sha256"]
-    policy = PolicyFile(
-        behaviour=choice.spec,
-        behaviour_hash=choice.spec.behaviour_hash(),
-        shape=opened.shape,
-        budget=choice.tuning.budget,
-        trace=opened.manifest.trace_id,
-        evidence={
-            "predicted": to_json(choice.predicted),
-            "calibrated": is_calibrated,
-            "explanation": list(choice.tuning.explanation),
-            "hardware": to_json(opened.hardware),
-            "prompt_sha256": hashes,
-        },
-    )
-    write_policy(out, policy)
+        asks_paths = "paths" in choice.spec.needs()
+        say(
+            f"Wrote {out}. Next: expertflow-trace deploy {out}"
+            + (f" --paths {paths}" if asks_paths else "")
+        )
 
 
 def tuning_path(policy: Path) -> Path:

@@ -19,6 +19,7 @@ from .state import (
     LFU,
     LRU,
     MULTI_FACTOR,
+    PLEC,
     RESIDENT,
     SCORE,
     SIEVE,
@@ -35,6 +36,7 @@ _multi_factor_rank = compiled(ranks.multi_factor_rank)
 _target_raised = compiled(ranks.arc_target_raised)
 _target_lowered = compiled(ranks.arc_target_lowered)
 _protected_slots = compiled(ranks.protected_slots)
+_plan_rank = compiled(ranks.plan_rank)
 
 
 @compiled
@@ -56,6 +58,11 @@ def begin(slots: Slots, work: Work, pool: int, event: int, is_prefill: bool) -> 
     if kind == SCORE:
         _update_scores(slots, work, event)
         return
+    if kind == PLEC:
+        _end_plan(slots, work, event)
+        return
+    if kind == TWO_LEVEL_LRU:
+        _end_window(slots, layer)
     for place in range(first, last):
         key = work.keys[place]
         if kind == BELADY or kind == BELADY_FORCED:
@@ -68,6 +75,57 @@ def begin(slots: Slots, work: Work, pool: int, event: int, is_prefill: bool) -> 
             _refresh(slots, key)
     if kind == ARC:
         _arc_begin(slots, work, pool, first, last)
+
+
+@compiled
+def _end_plan(slots: Slots, work: Work, event: int) -> None:
+    """A layer has been routed: what was planned for it and not demanded is not needed."""
+    experts, memory = slots.experts, slots.memory
+    base = work.layer[event] * slots.rules[0].num_experts
+    memory[base].demands = 0
+    for key in range(base, base + slots.rules[0].num_experts):
+        experts[key].flag = memory[key].tick > 0
+        memory[key].tick = 0
+    for place in range(work.ptr[event], work.ptr[event + 1]):
+        experts[work.keys[place]].flag = 0
+    for key in range(base, base + slots.rules[0].num_experts):
+        _refresh(slots, key)
+
+
+@compiled
+def _end_window(slots: Slots, layer: int) -> None:
+    """A layer has been routed: what was predicted for it is so no longer."""
+    base = layer * slots.rules[0].num_experts
+    for key in range(base, base + slots.rules[0].num_experts):
+        if slots.memory[key].tick:
+            slots.memory[key].tick = 0
+            _refresh(slots, key)
+
+
+@compiled
+def expect(slots: Slots, work: Work, first: int, last: int) -> None:
+    """Experts are predicted, in order of need: `guess_keys[first:last]`. Only PLEC and two-level LRU listen."""
+    if slots.rules[0].kind != PLEC and slots.rules[0].kind != TWO_LEVEL_LRU:
+        return
+    memory, num_experts, stamp = slots.memory, slots.rules[0].num_experts, slots.rules[0].stamp
+    for place in range(first, last):
+        key = work.guess_keys[place]
+        base = key // num_experts * num_experts
+        if (
+            memory[base].next_use != stamp
+        ):  # the first word on this layer: what was said before is forgotten
+            memory[base].next_use = stamp
+            memory[base].demands = 1
+            for other in range(base, base + num_experts):
+                memory[other].tick = 0
+        if not memory[key].tick:
+            memory[key].tick = memory[base].demands
+            memory[base].demands += 1
+    for layer in range(len(slots.pool_of)):
+        base = layer * num_experts
+        if memory[base].next_use == stamp:
+            for key in range(base, base + num_experts):
+                _refresh(slots, key)
 
 
 @compiled
@@ -113,11 +171,16 @@ def _refresh(slots: Slots, key: int) -> None:
     elif kind == LFRU:
         a = float(known.count)
     elif kind == TWO_LEVEL_LRU:
-        a = float(expert.flag)
+        a = -1.0 if known.tick else float(expert.flag)
     elif kind == SCORE:
         a = known.score
     elif kind == MULTI_FACTOR:
         a, b = float(known.event), float(known.demands)
+    elif kind == PLEC and known.tick:
+        a, b = 2.0, -float(known.tick)
+    elif kind == PLEC:
+        is_spoken_of = slots.memory[key - key % slots.rules[0].num_experts].demands > 0
+        a = 0.0 if expert.flag or is_spoken_of else 1.0
     slots.rank_a[expert.position] = a
     slots.rank_b[expert.position] = b
 
@@ -318,6 +381,8 @@ def _lowest(slots: Slots, pool: int, stamp: int) -> int:
         return _scan(slots, pool, stamp, TWO_LEVEL_LRU)
     if kind == MULTI_FACTOR:
         return _scan(slots, pool, stamp, MULTI_FACTOR)
+    if kind == PLEC:
+        return _scan(slots, pool, stamp, PLEC)
     return _scan(slots, pool, stamp, LFU)
 
 
@@ -348,9 +413,11 @@ def _rank(slots: Slots, pool: int, place: int, kind: int) -> float:
     if kind == LEAST_STALE:
         return 0.0 if slots.rank_layer[place] <= slots.pools[pool].layer else 1.0
     if kind == TWO_LEVEL_LRU:
-        return 0.0 if a != 0.0 or b < now - params[0] + 1.0 else 1.0
+        return 0.0 if a > 0.0 or (a == 0.0 and b < now - params[0] + 1.0) else 1.0
     if kind == MULTI_FACTOR:
         layers = max(slots.pools[pool].layers_seen, 1)
         near = params[2] * _nearness(slots.rank_layer[place], slots.pools[pool].layer, layers)
         return _multi_factor_rank(a, b, max(now, 1), params[0], params[1], near)
+    if kind == PLEC and a >= 1.0:
+        return a + _plan_rank(slots.rank_layer[place], slots.pools[pool].layer)
     return a

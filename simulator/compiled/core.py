@@ -7,11 +7,11 @@ from .jit import compiled
 from .lists import push_back, unlink
 from .state import (
     ABSENT,
-    LOAD,
     LOADING,
     NONE,
     ON_CPU,
     RESIDENT,
+    RESIDENT_FIRST,
     SOONER,
     Run,
     Slots,
@@ -126,7 +126,7 @@ def demand(run: Run, event: int, is_prefill: bool) -> tuple[int, int, int, int, 
 def _choose_cpu(run: Run, misses: int) -> int:
     """How many misses go to the CPU; those to load keep their order at the front of `miss`."""
     scratch, rule = run.scratch, run.slots.rules[0].misses
-    if misses == 0 or rule == LOAD:
+    if misses == 0 or (rule != ON_CPU and rule != SOONER):
         return 0
     chosen = misses if rule == ON_CPU else _sooner(run, misses)
     for number in range(misses):
@@ -170,6 +170,7 @@ def _make_waves(run: Run, pool: int, hits: int, lates: int, to_load: int) -> tup
     slots, scratch, experts = run.slots, run.scratch, run.slots.experts
     capacity = slots.pools[pool].size + slots.pools[pool].staging
     present, done, waves, cancels = hits + lates, 0, 0, 0
+    is_split = slots.rules[0].misses == RESIDENT_FIRST
     while present > 0 or done < to_load or waves == 0:
         stamp = new_stamp(slots)
         if waves == 0:
@@ -184,6 +185,16 @@ def _make_waves(run: Run, pool: int, hits: int, lates: int, to_load: int) -> tup
             cancels = _load(run, pool, number, stamp, cancels)
         scratch[waves].wave_loads = fetched
         scratch[waves].wave_members = present + fetched
+        scratch[waves].wave_waits = 1
+        awaited = lates + fetched
+        if is_split and waves == 0 and hits > 0 and awaited > 0:
+            # What is there runs by itself; the next wave waits for what was asked for with this one.
+            scratch[0].wave_members = hits
+            scratch[0].wave_waits = 0
+            scratch[1].wave_loads = 0
+            scratch[1].wave_members = awaited
+            scratch[1].wave_waits = 1
+            waves = 1
         done += fetched
         present = 0
         waves += 1
@@ -225,12 +236,11 @@ def prefetch(run: Run, event: int) -> int:
     stamp = new_stamp(slots)
     for place in range(work.ptr[event], work.ptr[event + 1]):
         experts[work.keys[place]].stamp = stamp
-    for place in range(first, last):
-        experts[work.guess_keys[place]].stamp = stamp
+    _mark_fitting(run, event, stamp)
     asked = 0
     for place in range(first, last):
         key = work.guess_keys[place]
-        if experts[key].where != ABSENT:
+        if experts[key].stamp != stamp or experts[key].where != ABSENT:
             continue
         pool = pool_of(slots, key)
         gone = -1
@@ -248,6 +258,27 @@ def prefetch(run: Run, event: int) -> int:
         asked += 1
     run.wire.clock[0].issued += asked
     return asked
+
+
+@compiled
+def _mark_fitting(run: Run, event: int, stamp: int) -> None:
+    """Tell the caches what is predicted, and stamp as much of it as its pools hold beside the running event."""
+    work, slots, pools, experts = run.work, run.slots, run.slots.pools, run.slots.experts
+    running = slots.pool_of[work.layer[event]]
+    first, last = work.guess_ptr[event], work.guess_ptr[event + 1]
+    caches.expect(slots, work, first, last)
+    for place in range(first, last):
+        key = work.guess_keys[place]
+        if experts[key].stamp == stamp:
+            continue
+        pool = pool_of(slots, key)
+        if pools[pool].stamp != stamp:
+            pools[pool].stamp = stamp
+            taken = work.ptr[event + 1] - work.ptr[event] if pool == running else 0
+            pools[pool].room = pools[pool].size - max(0, taken - pools[pool].staging)
+        if pools[pool].room > 0:
+            pools[pool].room -= 1
+            experts[key].stamp = stamp
 
 
 @compiled

@@ -28,6 +28,8 @@ def run_steps(run: Run, first: int, last: int) -> None:
         phase = 1 if size.is_decode else 0
         out[step].start_s = clock[0].now_s
         out[step].wave_share = 1.0
+        if size.overhead_s > 0.0:
+            link.spend(run.wire, size.overhead_s, True)
         for event in range(size.first_event, size.last_event):
             for lap in range(LAP_COUNT):
                 clock[0].laps[lap] = 0.0
@@ -124,12 +126,12 @@ def _run_waves(
 ) -> int:
     """Load, predict, wait and compute, wave by wave; returns the prefetches asked for."""
     scratch, wire, experts = run.scratch, run.wire, run.slots.experts
-    done = asked = largest = 0
+    done = asked = largest = flying = needed = 0
     for wave in range(waves):
-        flying = lates if wave == 0 else 0
-        needed = flying
-        for number in range(flying):
-            scratch[number].needed = experts[scratch[number].late].copy
+        if wave == 0:
+            flying = needed = lates
+            for number in range(lates):
+                scratch[number].needed = experts[scratch[number].late].copy
         for number in range(done, done + scratch[wave].wave_loads):
             scratch[needed].needed = link.submit(
                 wire, scratch[number].load, scratch[number].load_evicts, step, 0
@@ -138,14 +140,17 @@ def _run_waves(
         done += scratch[wave].wave_loads
         if wave == waves - 1:
             asked = _predict(run, step, phase, event)
-        for number in range(flying):
-            link.promote(wire, scratch[number].needed)
-            experts[scratch[number].late].copy = -1
-        began_s = wire.clock[0].now_s
-        link.wait(wire, scratch, needed)
-        wire.clock[0].laps[STALL] += wire.clock[0].now_s - began_s
-        for number in range(flying, needed):
-            link.free(wire, scratch[number].needed)
+        if wave == 0:
+            for number in range(lates):
+                link.promote(wire, scratch[number].needed)
+                experts[scratch[number].late].copy = -1
+        if scratch[wave].wave_waits:
+            began_s = wire.clock[0].now_s
+            link.wait(wire, scratch, needed)
+            wire.clock[0].laps[STALL] += wire.clock[0].now_s - began_s
+            for number in range(flying, needed):
+                link.free(wire, scratch[number].needed)
+            flying = needed = 0
         members = scratch[wave].wave_members
         largest = max(largest, members)
         if members:

@@ -17,7 +17,8 @@ def submit(wire: Wire, key: int, evicts: int, step: int, is_prefetch: int) -> in
     copy = copies[clock[0].free].free
     copies[copy].key = key
     copies[copy].step = step
-    copies[copy].left = wire.machine[0].chunks
+    ways = 2 if wire.machine[0].writes_back and evicts >= 0 else 1
+    copies[copy].chunks = copies[copy].left = ways * wire.machine[0].chunks
     copies[copy].is_prefetch = is_prefetch
     copies[copy].is_urgent = 1 - is_prefetch
     copies[copy].is_cancelled = 0
@@ -68,7 +69,7 @@ def cancel(wire: Wire, copy: int) -> None:
 def _account(wire: Wire, copy: int) -> None:
     """A copy has ended, in whole or in part: what it moved was moved."""
     machine, found = wire.machine[0], wire.copies[copy]
-    moved = machine.expert_bytes * (machine.chunks - found.left) // machine.chunks
+    moved = machine.expert_bytes * (found.chunks - found.left) // machine.chunks
     wire.out[found.step].bytes_moved += moved
     if found.row < len(wire.rows):
         wire.rows[found.row].end_s = wire.clock[0].now_s

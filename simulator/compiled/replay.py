@@ -13,11 +13,12 @@ from ..account import LAPS, RunTotals, SequenceTimes, StepTotals
 from ..costs import CostModel
 from ..memory import PassSizes, predicted_memory
 from ..policy.future import NEVER, Future
-from ..policy.registry import Registry, caches, misses
+from ..policy.registry import Registry, caches, misses, predictors
 from ..policy.residency import Residency
 from ..policy.spec import PolicySpec
 from ..result import PrefetchResult
 from ..source import recorded_times
+from ..whole_layers import whole_layers
 from ..workload import Workload
 from . import core
 from .jit import array_maker, compiled
@@ -57,7 +58,9 @@ _PARAMS = {
 
 
 def has_twin(spec: PolicySpec) -> bool:
-    """Whether every member of a policy that touches slots has a compiled twin."""
+    """Whether every member that touches slots has a compiled twin, and what the predictor says can be taped."""
+    if hasattr(predictors.get(spec.predictor.name), "hear"):
+        return False
     return _is_ours(caches, spec.cache.name, KINDS) and _is_ours(misses, spec.misses.name, MISSES)
 
 
@@ -74,6 +77,7 @@ def replay(
     tape: Tape | None = None,
 ) -> RunTotals:
     """Replay a recorded workload. `tape` are the predictor's answers, if somebody has them already."""
+    workload = whole_layers(workload) if spec.loads_whole_layers else workload
     run = _recorded_run(workload, spec, shape, costs, tape or tape_of(workload, spec), rows=0)
     run_steps(run, 0, len(workload.steps))
     return _totals(run, workload, spec, shape, costs)
@@ -83,6 +87,7 @@ def replay_copies(
     workload: Workload, spec: PolicySpec, shape: ModelShape, costs: CostModel
 ) -> tuple[RunTotals, Records]:
     """Replay and keep every copy, in order of asking (state.ROW). It runs twice: first to count them."""
+    workload = whole_layers(workload) if spec.loads_whole_layers else workload
     tape = tape_of(workload, spec)
     counted = _recorded_run(workload, spec, shape, costs, tape, rows=0)
     run_steps(counted, 0, len(workload.steps))
@@ -126,6 +131,8 @@ def _totals(
         steps.context,
         np.diff(workload.event_ptr),
         np.bincount(per_step, sizes, len(steps)).astype(np.int64),
+        run.work.steps["kv_beside"],
+        run.work.steps["overhead_s"],
     )
     sequences = recorded_times(workload, out["start_s"], out["end_s"])
     return add_up(run, walked, sequences, spec, shape, costs)
@@ -140,6 +147,8 @@ class Walked(NamedTuple):
     context: np.ndarray
     events: np.ndarray
     distinct: np.ndarray
+    kv_beside: np.ndarray
+    overhead_s: np.ndarray
 
 
 def add_up(
@@ -154,13 +163,19 @@ def add_up(
     out, clock = run.wire.out, run.wire.clock[0]
     known = clock["useful"] + clock["late"] + clock["cancelled"]
     passes = PassSizes(
-        walked.is_decode, walked.batch, walked.tokens, walked.context, out["wave_share"]
+        walked.is_decode,
+        walked.batch,
+        walked.tokens,
+        walked.context,
+        out["wave_share"],
+        walked.kv_beside,
     )
     return RunTotals(
         steps=StepTotals(
             is_decode=walked.is_decode,
             total_s=out["end_s"] - out["start_s"],
             laps_s={name: out["laps"][:, lap] for lap, name in enumerate(LAPS)},
+            schedule_s=walked.overhead_s,
             events=walked.events,
             distinct=walked.distinct,
             hits=out["hits"],
@@ -203,7 +218,7 @@ def make_run(
         work=work,
         costs=_costs(costs),
         slots=_slots(live, spec, shape, memory),
-        wire=_wire(costs, shape),
+        wire=_wire(costs, shape, spec),
         scratch=np.zeros(2 * shape.num_experts + 2, SCRATCH),
         asked=np.zeros(1, ASKED),
     )
@@ -253,6 +268,9 @@ def steps_of(workload: Workload) -> Records:
     found = np.zeros(len(workload.steps), STEP)
     for name in ("is_decode", "batch", "tokens", "context"):
         found[name] = getattr(workload.steps, name)
+    for name in ("overhead_s", "kv_beside"):
+        values = getattr(workload.steps, name)
+        found[name] = 0 if values is None else values
     found["first_event"], found["last_event"] = workload.event_ptr[:-1], workload.event_ptr[1:]
     return found
 
@@ -336,7 +354,7 @@ def _rules(spec: PolicySpec, shape: ModelShape) -> np.ndarray:
     return found
 
 
-def _wire(costs: CostModel, shape: ModelShape) -> Wire:
+def _wire(costs: CostModel, shape: ModelShape, spec: PolicySpec) -> Wire:
     machine = np.zeros(1, MACHINE)
     cpu_expert_s, cpu_token_s = costs.cpu_expert.weights
     given = {
@@ -347,6 +365,7 @@ def _wire(costs: CostModel, shape: ModelShape) -> Wire:
         "wake_s": costs.wake_s,
         "group_s": costs.group_s,
         "chunks": costs.chunks,
+        "writes_back": spec.writes_back,
         "expert_bytes": shape.expert_bytes,
         "num_experts": costs.num_experts,
     }

@@ -95,6 +95,8 @@ class _Server:
             steps["context"],
             sizes[:, 0],
             sizes[:, 1],
+            steps["kv_beside"],
+            steps["overhead_s"],
         )
         sequences = self._source.sequences()
         return add_up(run, walked, sequences, self._spec, self._shape, self._costs)

@@ -32,6 +32,7 @@ KINDS = (
     "two_level_lru",
     "score",
     "multi_factor",
+    "plec",
 )
 (
     NONE,
@@ -49,10 +50,11 @@ KINDS = (
     TWO_LEVEL_LRU,
     SCORE,
     MULTI_FACTOR,
+    PLEC,
 ) = range(len(KINDS))
 
-MISSES = ("load", "cpu", "sooner")
-LOAD, ON_CPU, SOONER = range(len(MISSES))
+MISSES = ("load", "cpu", "sooner", "resident_first", "write_back")
+LOAD, ON_CPU, SOONER, RESIDENT_FIRST, WRITE_BACK = range(len(MISSES))
 
 
 MIXER, READBACK, DECISION, LOOKAHEAD, STALL, EXPERTS, CPU = range(7)
@@ -64,9 +66,16 @@ def _record(**fields: str) -> np.dtype:
 
 
 STEP = _record(
-    is_decode="i8", batch="i8", tokens="i8", context="i8", first_event="i8", last_event="i8"
+    is_decode="i8",
+    batch="i8",
+    tokens="i8",
+    context="i8",
+    first_event="i8",
+    last_event="i8",
+    kv_beside="i8",
+    overhead_s="f8",
 )
-"""One forward pass: its size and its events."""
+"""One forward pass: its size, its events, and what is spent before it (simulator.workload.Steps)."""
 
 COSTS = _record(
     mixer="(5,)f8",
@@ -86,6 +95,7 @@ MACHINE = _record(
     wake_s="f8",
     group_s="f8",
     chunks="i8",
+    writes_back="i8",
     expert_bytes="i8",
     num_experts="i8",
 )
@@ -117,9 +127,12 @@ POOL = _record(
     layers_seen="i8",
     in_event="i8",
     hand="i8",
+    room="i8",
+    stamp="i8",
     target="f8",
 )
-"""Slots of one pool: its members are `members[start:start + count]`; the rest is what its cache counts."""
+"""Slots of one pool: its members are `members[start:start + count]`; `room` is what a prediction (`stamp`) may still
+fill; the rest is what its cache counts."""
 
 EXPERT = _record(
     where="i4",
@@ -149,6 +162,7 @@ COPY = _record(
     key="i4",
     step="i4",
     row="i8",
+    chunks="i4",
     left="i4",
     is_prefetch="i4",
     is_urgent="i4",
@@ -192,6 +206,7 @@ SCRATCH = _record(
     load_evicts="i4",
     wave_loads="i4",
     wave_members="i4",
+    wave_waits="i4",
     cancel="i4",
     needed="i4",
 )

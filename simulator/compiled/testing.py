@@ -22,7 +22,17 @@ from ..workload import Workload
 from .replay import has_twin, replay_copies
 from .state import Records
 
-_EXACT = ("is_decode", "events", "distinct", "hits", "lates", "misses", "bytes_moved", "total_s")
+_EXACT = (
+    "is_decode",
+    "events",
+    "distinct",
+    "hits",
+    "lates",
+    "misses",
+    "bytes_moved",
+    "total_s",
+    "schedule_s",
+)
 
 
 def require_equal(

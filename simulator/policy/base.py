@@ -1,11 +1,12 @@
-"""What a policy is made of: five families of small objects, and the words they exchange.
+"""What a policy is made of: six families of small objects, and the words they exchange.
 
 Members order things; they never move bytes, read a clock or draw random numbers. `Residency` owns slots and pins and
 asks them. A member's `needs` names what must be there before it can run: `lookahead` (gates applied early), `routing`
 (what single tokens chose, which the core does not look at), `popularity` (counts from a trace), `curves` (hits by
 layer and slots, from a trace), `gate_weights` (the router's weights of the chosen experts), `paths` (experts of later
 layers named by a path predictor before the first layer ran), `cpu_times` (measured or declared seconds of a copy and
-of an expert on the CPU), the tables of LESSONS, `future` (the events to come; such a member is a bound, refused by
+of an expert on the CPU), `layer_times` (measured or declared seconds of a copy and of one layer's computation), the
+tables of LESSONS, `future` (the events to come; such a member is a bound, refused by
 the runtime).
 """
 
@@ -18,7 +19,7 @@ from typing import ClassVar, Protocol
 
 from ...tracer.types import ExpertKey, Why
 
-LESSONS = ("transitions", "token_table", "activations", "maps")
+LESSONS = ("transitions", "token_table", "activations", "maps", "forest")
 """Tables that predictors learn from a trace (simulator.lessons); JSON, kept in policy.json."""
 NEEDS = (
     "lookahead",
@@ -27,6 +28,7 @@ NEEDS = (
     "curves",
     "gate_weights",
     "cpu_times",
+    "layer_times",
     *LESSONS,
     "paths",
     "future",
@@ -54,7 +56,8 @@ class Cache(Protocol):
 
     A cache is told its `size` first, then sees `begin` when a layer is asked for, `admit` when an expert becomes
     resident, `touch` when a resident one is demanded, `remove` when one is evicted, `released` when the event
-    is over, and says who should go. `needs` as in the module docstring. Derive from BaseCache.
+    is over, `expect` when something is predicted, and says who should go. `needs` as in the module docstring. Derive
+    from BaseCache.
     """
 
     name: ClassVar[str]
@@ -93,6 +96,13 @@ class Cache(Protocol):
         """Residents to drop now that the event that used `keys` is over."""
         ...
 
+    def expect(self, keys: Sequence[ExpertKey]) -> None:
+        """What the predictor has just said of this pool's layers, in order of need, before any of it is loaded.
+
+        Not called where it said nothing.
+        """
+        ...
+
     def warm(self, keys: Iterable[ExpertKey], slots: int) -> Sequence[ExpertKey]:
         """Experts to load before the first step, best first; empty for caches that learn."""
         ...
@@ -120,6 +130,9 @@ class BaseCache:
     def released(self, keys: Sequence[ExpertKey]) -> Iterable[ExpertKey]:
         """Keep everything."""
         return ()
+
+    def expect(self, keys: Sequence[ExpertKey]) -> None:
+        """A prediction changes nothing."""
 
     def warm(self, keys: Iterable[ExpertKey], slots: int) -> Sequence[ExpertKey]:
         """Start empty."""
@@ -163,6 +176,27 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an event was answered: its experts by what they were, ascending.
+
+    `fetched` are the prefetches asked for since the event before, by the predictor that is told of them.
+    """
+
+    hits: tuple[ExpertKey, ...]
+    lates: tuple[ExpertKey, ...]
+    misses: tuple[ExpertKey, ...]
+    fetched: tuple[ExpertKey, ...]
+
+
+class Listener(Protocol):
+    """A predictor that is told how its words turned out. It cannot be taped, so it runs on the reference engine."""
+
+    def hear(self, layer: int, outcome: Outcome) -> None:
+        """An event of `layer` has been answered; `predict` is asked next."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """A sequence that has not started."""
 
@@ -170,8 +204,12 @@ class Waiting:
     prompt_tokens: int
 
 
+Route = int
+"""The experts that one token takes in all layers: bit layer × num_experts + expert is set. 0: nothing is known."""
+
+
 class Scheduler(Protocol):
-    """Picks which waiting sequences run together."""
+    """Picks which waiting sequences run together. One that also regroups them is a Regrouping."""
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
@@ -179,6 +217,31 @@ class Scheduler(Protocol):
 
     def pick(self, waiting: Sequence[Waiting], limit: int) -> Sequence[int]:
         """Positions in `waiting` of the next batch, at most `limit`, at least one."""
+        ...
+
+
+class Regrouping(Scheduler, Protocol):
+    """A scheduler that moves sequences between batches while they are decoded.
+
+    Of the recorded (or given) batches, `batches` adjacent ones are a unit: their prompts are read one batch after the
+    other, then they are decoded in turns. Before every `every`-th decode step of the unit, the first included,
+    `regroup` is asked; never, if it is 0. With `batches` 1, as in members that can only pick, batches run one after
+    another.
+
+    What it is told of a sequence is the route of the token that is fed next, where `needs` has `future`; what a path
+    predictor says of that token, where it has `paths`; else the route of the token before it.
+    """
+
+    batches: int
+    every: int
+
+    def regroup(
+        self, routes: Sequence[Route], groups: Sequence[Sequence[int]], limit: int
+    ) -> Sequence[Sequence[int]]:
+        """The batches to come: positions in `routes`, each in one batch, at most `limit` in a batch.
+
+        `groups` are the batches as they are; there may be fewer, never more.
+        """
         ...
 
 
@@ -203,7 +266,11 @@ class Allocation(Protocol):
 
 
 class Misses(Protocol):
-    """Says what is done about experts that are not resident when demanded."""
+    """Says what is done about experts that are not resident when demanded.
+
+    Two attributes may be left out, which is to say false: `loads_all` (it never names a position, as the runtime asks
+    of it) and `residents_first` (what is resident is computed while the rest of the event is loaded).
+    """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
@@ -214,6 +281,52 @@ class Misses(Protocol):
 
         `tokens[i]` counts the tokens that chose missing expert i.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GateScores:
+    """What one layer's router said of the tokens of one pass, one entry per token.
+
+    `ids` are experts, likeliest first: those the router chose, ties by id, then others, as many as are known. `scores`,
+    aligned, are natural logs of what it gives each, up to a constant per token: its weights are in proportion to
+    exp(score). `weights` are the router's own, for the experts it chose.
+    """
+
+    ids: Sequence[Sequence[int]]
+    scores: Sequence[Sequence[float]]
+    weights: Sequence[Sequence[float]]
+    num_experts: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def chosen(self, token: int) -> Sequence[int]:
+        """The experts the router chose for a token, likeliest first."""
+        return self.ids[token][: len(self.weights[token])]
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Which experts compute each token, likeliest first, and their weights."""
+
+    ids: Sequence[Sequence[int]]
+    weights: Sequence[Sequence[float]]
+
+
+class Routing(Protocol):
+    """Says which experts compute the tokens of a pass. A pure function: nothing is remembered between calls.
+
+    A token gets distinct experts, no more than its router gave it, with weights of the same sum. Not lossless unless
+    that is always the router's own choice.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    is_lossless: ClassVar[bool]
+
+    def route(self, said: GateScores) -> Routed:
+        """Experts and weights of every token of one layer in one pass."""
         ...
 
 
@@ -243,13 +356,16 @@ class Load:
 class Wave:
     """Experts of one event that run together, and what must have arrived before they do.
 
-    `slots` are aligned with `experts`. `late` are prefetches of these experts still on their way.
+    `slots` are aligned with `experts`. `late` are prefetches of these experts still on their way. Where `waits` is
+    false the wave runs what is there already: its loads and late ones are asked for at its start, but it is the next
+    wave that needs them and waits for them.
     """
 
     experts: tuple[int, ...]
     slots: tuple[int, ...]
     loads: tuple[Load, ...]
     late: tuple[ExpertKey, ...]
+    waits: bool = True
 
 
 @dataclass(frozen=True, slots=True)

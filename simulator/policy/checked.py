@@ -11,6 +11,8 @@ from typing import Any
 
 from ...tracer.types import ExpertKey, ModelShape
 from .base import NO_FACTS, Demand, Facts, Load, Signals
+from .clues import FEATURES
+from .forest import FOREST_FORMAT
 from .future import Future
 from .log import Entry
 from .replay import replay
@@ -45,6 +47,7 @@ def tiny_lessons(shape: ModelShape) -> dict[str, Any]:
         "popularity": [[(e * 5 + layer) % experts for e in range(experts)] for layer in layers],
         "curves": [[min(s, 2 + layer) * s for s in range(experts + 1)] for layer in layers],
         "cpu_times": {"copy_s": 2.0, "expert_s": 0.5, "token_s": 0.25},
+        "layer_times": {"copy_s": 1.5, "layer_s": 1.0, "token_s": 0.25},
         "lessons": _tiny_tables(len(layers), experts),
     }
 
@@ -67,7 +70,24 @@ def _tiny_tables(layers: int, experts: int) -> dict[str, Any]:
             for start in range(4)
         ],
         "maps": [packed(path(start)) for start in range(experts)],
+        "forest": _tiny_forest(),
     }
+
+
+def _tiny_forest() -> dict[str, Any]:
+    """Two stumps: what few gates name is believed less, what the last token used a little more."""
+
+    def stump(feature: str, low: float, high: float) -> dict[str, str]:
+        return {
+            "feature": f"{FEATURES.index(feature)} -1 -1",
+            "threshold": "499 -2 -2",
+            "left": "1 -1 -1",
+            "right": "2 -1 -1",
+            "value": f"0.0 {low} {high}",
+        }
+
+    trees = [stump("votes", 0.25, -0.25), stump("previous", -0.25, 0.125)]
+    return {"format": FOREST_FORMAT, "features": list(FEATURES), "trees": trees}
 
 
 class Dice:
@@ -173,6 +193,10 @@ class CheckedDriver:
         seen: list[int] = []
         for number, wave in enumerate(answer.waves):
             members = {ExpertKey(event.layer, expert) for expert in wave.experts}
+            if not wave.waits:
+                awaited = {*wave.late, *(load.key for load in wave.loads)}
+                assert number < len(answer.waves) - 1, "nobody waits for what was asked for"
+                assert not awaited & members, "a wave that does not wait runs what is not there"
             for key in wave.late:
                 self.contents[self.flying.pop(key)] = key
             for load in wave.loads:

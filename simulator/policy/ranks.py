@@ -48,3 +48,11 @@ def arc_target_lowered(target: float, recent_ghosts: int, frequent_ghosts: int) 
 def protected_slots(share: float, slots: int) -> int:
     """Slots of SLRU's protected segment, rounded down."""
     return int(share * slots)
+
+
+def plan_rank(layer: int, current: int) -> float:
+    """How soon what is planned for `layer` is needed, up to 1: later layers of this pass, then those of the next."""
+    ahead = layer - current
+    if ahead <= 0:
+        ahead += 65536
+    return 1.0 / ahead

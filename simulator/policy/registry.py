@@ -85,4 +85,5 @@ predictors = Registry("predictor", f"{_HERE}.predictors", "expertflow.predictors
 schedulers = Registry("scheduler", f"{_HERE}.schedulers", "expertflow.schedulers")
 allocations = Registry("allocation", f"{_HERE}.allocations", "expertflow.allocations")
 misses = Registry("misses", f"{_HERE}.misses", "expertflow.misses")
-FAMILIES = (caches, allocations, predictors, schedulers, misses)
+routings = Registry("routing", f"{_HERE}.routings", "expertflow.routings")
+FAMILIES = (caches, allocations, predictors, schedulers, misses, routings)

@@ -8,7 +8,7 @@ demanded together, and none may evict another. An event larger than its pool run
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...tracer.types import ExpertKey
@@ -20,6 +20,7 @@ from .base import (
     Facts,
     Load,
     Misses,
+    Outcome,
     Predictor,
     Signals,
     Wave,
@@ -71,7 +72,10 @@ class Residency:
         self.pools = pools
         self.log = log
         self._predictor = predictor
+        self._hear: Callable[[int, Outcome], None] | None = getattr(predictor, "hear", None)
+        self._fetched: list[ExpertKey] = []
         self._misses = misses
+        self._residents_first = bool(getattr(misses, "residents_first", False))
         self._num_experts = num_experts
         self._future = future
         self._reads_weights = any("gate_weights" in pool.cache.needs for pool in pools)
@@ -137,6 +141,10 @@ class Residency:
         waves, cancels = self._waves(step, pool, hits, late, to_load)
         if self.log is not None:
             _write_facts(self.log, first, experts, facts)
+        if self._hear is not None:
+            told = Outcome(tuple(hits), tuple(late), tuple(misses), tuple(self._fetched))
+            self._fetched.clear()
+            self._hear(layer, told)
         return Demand(
             tuple(waves), tuple(cancels), len(hits), len(late), len(misses), tuple(on_cpu)
         )
@@ -146,13 +154,18 @@ class Residency:
         return self.prefetch(step, self._predictor.predict(layer, signals))
 
     def prefetch(self, step: int, keys: Sequence[ExpertKey]) -> list[Load]:
-        """Load predicted experts where slots can be had without hurting this event or each other."""
+        """Load predicted experts where slots can be had without hurting this event or what is needed sooner.
+
+        A pool holds no more than its size: what is predicted beyond that is left for later, and may be evicted for
+        what comes before it.
+        """
         wanted = [key for key in keys if key.layer in self._pool_of]
         if self.log is not None:
             self.log.extend(Entry("predict", step, *key) for key in wanted)
-        protected = self._pinned.union(wanted)
+        fitting = self._fitting(wanted)
+        protected = self._pinned.union(fitting)
         loads: list[Load] = []
-        for key in wanted:
+        for key in fitting:
             if key in self._resident or key in self._loading:
                 continue
             pool = self._pool_of[key.layer]
@@ -165,7 +178,33 @@ class Residency:
             load = Load(key, slot, evicts, "prefetch")
             loads.append(load)
             self._log_load(step, load)
+        if self._hear is not None:
+            self._fetched += [load.key for load in loads]
         return loads
+
+    def _fitting(self, wanted: Sequence[ExpertKey]) -> list[ExpertKey]:
+        """Tell the caches what is wanted; returns what their pools have room for beside the running event."""
+        by_pool: dict[int, list[ExpertKey]] = {}
+        for key in wanted:
+            by_pool.setdefault(self._pool_of[key.layer].slots.start, []).append(key)
+        room: dict[int, int] = {}
+        for start, keys in by_pool.items():
+            pool = self._pool_of[keys[0].layer]
+            pool.cache.expect(keys)
+            is_running = bool(self._event) and self._event[0].layer in pool.layers
+            taken = len(self._event) if is_running else 0
+            room[start] = min(pool.size, len(pool.slots) - taken)
+        seen = set(self._pinned)
+        fitting: list[ExpertKey] = []
+        for key in wanted:
+            start = self._pool_of[key.layer].slots.start
+            if key not in seen:
+                if room[start] <= 0:
+                    continue
+                room[start] -= 1
+                seen.add(key)
+            fitting.append(key)
+        return fitting
 
     def loaded(self, step: int, key: ExpertKey) -> None:
         """A prefetch has ended. Ignored if it was cancelled or demanded meanwhile."""
@@ -229,13 +268,30 @@ class Residency:
             members = sorted([*present, *fetched])
             protected = frozenset(members)
             loads = [self._load(step, pool, key, protected, cancels) for key in fetched]
-            slots = tuple(self._resident[key] for key in members)
-            waves.append(Wave(tuple(k.expert for k in members), slots, tuple(loads), tuple(late)))
-            self._log_wave(step, len(waves) - 1, members, slots, outcomes)
+            awaited = sorted([*late, *fetched])
+            if self._residents_first and awaited and len(awaited) < len(members):
+                # Only the first round holds residents.
+                waves += (self._wave(hits, loads, late, waits=False), self._wave(awaited))
+                self._log_wave(step, 0, hits, waves[0].slots, outcomes)
+                self._log_wave(step, 1, awaited, waves[1].slots, outcomes)
+            else:
+                waves.append(self._wave(members, loads, late))
+                self._log_wave(step, len(waves) - 1, members, waves[-1].slots, outcomes)
             for load in loads:
                 self._log_load(step, load)
             present, late = [], []
         return waves, cancels
+
+    def _wave(
+        self,
+        members: Sequence[ExpertKey],
+        loads: Sequence[Load] = (),
+        late: Sequence[ExpertKey] = (),
+        *,
+        waits: bool = True,
+    ) -> Wave:
+        slots = tuple(self._resident[key] for key in members)
+        return Wave(tuple(k.expert for k in members), slots, tuple(loads), tuple(late), waits)
 
     def _load(
         self,

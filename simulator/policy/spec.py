@@ -10,13 +10,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from ...tracer.errors import PolicyError, UsageError
 from ...tracer.records import from_json, read_json, to_json, write_json
 from ...tracer.types import ModelShape
-from .base import LESSONS, Scheduler
+from .base import LESSONS, Routing, Scheduler
 from .future import Future
 from .log import Entry
 from .registry import (
@@ -26,11 +28,16 @@ from .registry import (
     caches,
     misses,
     predictors,
+    routings,
     schedulers,
 )
 from .residency import Pool, Residency
 
 POLICY_FORMAT = "expertflow.policy/1"
+_BOUND = (
+    "{kind} {name!r} needs to know the future: it is a bound for the simulator and cannot be deployed. Choose another "
+    "with `expertflow-trace list`."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +53,10 @@ class Member:
         return f"{self.name}({inside})" if inside else self.name
 
 
+AS_ROUTED = Member(name="as_routed")
+IN_ORDER = Member(name="fcfs")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySpec:
     """See the module docstring. `slots` is the number of experts that fit on the device."""
@@ -56,6 +67,7 @@ class PolicySpec:
     scheduler: Member
     slots: int
     misses: Member = Member(name="load")
+    routing: Member = AS_ROUTED
 
     @property
     def members(self) -> dict[str, Member]:
@@ -66,6 +78,7 @@ class PolicySpec:
             "predictor": self.predictor,
             "scheduler": self.scheduler,
             "misses": self.misses,
+            "routing": self.routing,
         }
 
     def needs(self) -> frozenset[str]:
@@ -86,16 +99,31 @@ class PolicySpec:
         return self.predictor.name != "none"
 
     @property
+    def reroutes(self) -> bool:
+        """Whether tokens may be computed by other experts than the router chose."""
+        return self.routing != AS_ROUTED
+
+    @property
+    def writes_back(self) -> bool:
+        """Whether an evicted expert crosses the link as well."""
+        return getattr(misses.get(self.misses.name), "writes_back", False)
+
+    @property
+    def loads_whole_layers(self) -> bool:
+        """Whether a layer waits for all of its experts, whatever the router chose."""
+        return getattr(predictors.get(self.predictor.name), "loads_whole_layers", False)
+
+    @property
     def reads_routing(self) -> bool:
         """Whether the predictor looks at what single tokens chose."""
-        return "routing" in self.needs()
+        return "routing" in predictors.get(self.predictor.name).needs
 
     @property
     def lookahead_depth(self) -> int:
         """How many layers ahead gates must be applied early; 0 if no member asks for it."""
         if "lookahead" not in self.needs():
             return 0
-        return int(self.predictor.params.get("depth", 1))
+        return depth_of(predictors.get(self.predictor.name), self.predictor.params)
 
     def describe(self) -> dict[str, str]:
         """The policy in words, for results."""
@@ -112,8 +140,12 @@ class PolicySpec:
             parts.append(str(self.allocation))
         if self.predicts:
             parts.append(str(self.predictor))
+        if self.scheduler != IN_ORDER:
+            parts.append(str(self.scheduler))
         if self.misses.name != "load":
             parts.append(f"misses {self.misses.name}")
+        if self.reroutes:
+            parts.append(str(self.routing))
         return " + ".join(parts) + f" @ {self.slots} slots"
 
     def behaviour_hash(self) -> str:
@@ -121,6 +153,8 @@ class PolicySpec:
         document = to_json(self)
         if self.misses == Member(name="load"):
             del document["misses"]  # policies older than the family keep their hash
+        if self.routing == AS_ROUTED:
+            del document["routing"]
         text = json.dumps(document, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -162,9 +196,16 @@ class PolicySpec:
             log=log,
         )
 
-    def build_scheduler(self) -> Scheduler:
-        """Make the live scheduler."""
-        return schedulers.build(self.scheduler.name, dict(self.scheduler.params))
+    def build_scheduler(self, *, knows_future: bool = False) -> Scheduler:
+        """Make the live scheduler. Raises UsageError if it needs a future that is not known."""
+        name = self.scheduler.name
+        if "future" in schedulers.get(name).needs and not knows_future:
+            raise UsageError(_BOUND.format(kind="scheduler", name=name))
+        return schedulers.build(name, dict(self.scheduler.params))
+
+    def build_routing(self) -> Routing:
+        """Make the live routing."""
+        return build_routing(self.routing)
 
     def _params(self, family: str, future: Future | None) -> dict[str, Any]:
         member = self.members[family]
@@ -172,12 +213,31 @@ class PolicySpec:
         registry = next(f for f in FAMILIES if f.kind == family)
         if "future" in registry.get(member.name).needs:
             if future is None:
-                raise UsageError(
-                    f"{family} {member.name!r} needs to know the future: it is a bound for the "
-                    "simulator and cannot be deployed. Choose another with `expertflow-trace list`."
-                )
+                raise UsageError(_BOUND.format(kind=family, name=member.name))
             params["future"] = future
         return params
+
+
+def build_routing(member: Member) -> Routing:
+    """Make a routing from its name and parameters. Raises UsageError."""
+    return routings.build(member.name, dict(member.params))
+
+
+def depth_of(member: type, params: Mapping[str, Any]) -> int:
+    """Layers ahead at which a member wants gates applied, 1 if it takes no such parameter.
+
+    The parameter is `depth`, or what the member's `depth_param` names: a member that names one looks that deep at most
+    and chooses by itself.
+    """
+    name, default = _own_depth(member)
+    return int(params.get(name, default))
+
+
+@cache
+def _own_depth(member: type) -> tuple[str, int]:
+    name = getattr(member, "depth_param", "depth")
+    found = signature(member).parameters.get(name)
+    return name, 1 if found is None or found.default is found.empty else found.default
 
 
 def make_spec(
@@ -188,33 +248,45 @@ def make_spec(
     allocation: str = "equal",
     scheduler: str = "fcfs",
     misses: str = "load",
+    routing: str = AS_ROUTED.name,
     popularity: Sequence[Sequence[int]] | None = None,
     curves: Sequence[Sequence[int]] | None = None,
     cpu_times: Mapping[str, float] | None = None,
+    layer_times: Mapping[str, float] | None = None,
     lessons: Mapping[str, Any] | None = None,
     predictor_params: Mapping[str, Any] | None = None,
     cache_params: Mapping[str, Any] | None = None,
+    routing_params: Mapping[str, Any] | None = None,
+    scheduler_params: Mapping[str, Any] | None = None,
 ) -> PolicySpec:
     """Build a spec from names, checking each.
 
     What a trace or a machine teaches is given to the members that need it: `popularity[layer][expert]` demands,
-    `curves[layer][slots]` hits of an LRU of so many slots, `cpu_times` as Sooner takes them; `lessons` are tables by
-    need for predictors that learn (simulator.lessons). Raises UsageError for unknown names and for needs not met.
+    `curves[layer][slots]` hits of an LRU of so many slots, `cpu_times` as Sooner takes them, `layer_times` as
+    simulator.layer_times gives them; `lessons` are tables by need for predictors that learn (simulator.lessons). Raises
+    UsageError for unknown names and for needs not met.
     """
     learned = {
         "popularity": popularity,
         "curves": curves,
         "cpu_times": cpu_times,
+        "layer_times": layer_times,
         **dict.fromkeys(LESSONS),
         **(lessons or {}),
     }
-    given = {"predictor": predictor_params, "cache": cache_params}
+    given = {
+        "predictor": predictor_params,
+        "cache": cache_params,
+        "routing": routing_params,
+        "scheduler": scheduler_params,
+    }
     names = {
         "cache": cache,
         "predictor": predictor,
         "allocation": allocation,
         "scheduler": scheduler,
         "misses": misses,
+        "routing": routing,
     }
     members = {
         registry.kind: _member(registry, names[registry.kind], learned, given.get(registry.kind))
@@ -238,9 +310,8 @@ def _member(
         if need == "cpu_times":
             params.update(learned[need])
         else:
-            params[need] = (
-                learned[need] if need in LESSONS else [list(row) for row in learned[need]]
-            )
+            is_as_it_is = need == "layer_times" or need in LESSONS
+            params[need] = learned[need] if is_as_it_is else [list(row) for row in learned[need]]
     return Member(name=name, params=params | dict(given or {}))
 
 
@@ -248,6 +319,8 @@ _TEACHERS = {
     "popularity": "popularity counts of a trace",
     "curves": "hit curves of a trace by layer",
     "cpu_times": "the time of an expert on the CPU (declare it with --cpu-expert 2ms+0.3ms)",
+    "layer_times": "the times of a copy and of a layer (simulator.layer_times)",
+    "forest": "a forest that corrects early gates, learned from a trace",
     "transitions": "counts of experts by the expert before them, learned from a trace",
     "token_table": "experts by token id, learned from a trace",
     "activations": "activation matrices of sequences, learned from a trace",

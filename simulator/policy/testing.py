@@ -15,6 +15,7 @@ Members are given what they declare in `needs`: popularity, curves, CPU times, t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,8 +25,12 @@ from .base import (
     NO_FACTS,
     Allocation,
     Cache,
+    GateScores,
     Misses,
     Predictor,
+    Route,
+    Routed,
+    Routing,
     Scheduler,
     Signals,
     Waiting,
@@ -39,8 +44,9 @@ from .checked import (
     tiny_shape,
 )
 from .future import Future
-from .registry import Registry, allocations, caches, misses, predictors, schedulers
+from .registry import Registry, allocations, caches, misses, predictors, routings, schedulers
 from .spec import Member, PolicySpec
+from .units import ask, regrouping_of
 
 
 class _MemberContract:
@@ -81,6 +87,7 @@ class _MemberContract:
             "allocation": Member(name="global"),
             "scheduler": Member(name="fcfs"),
             "misses": Member(name="load"),
+            "routing": Member(name="as_routed"),
             self.registry.kind: Member(name=self.name, params=self.make_params()),
             **members,
         }
@@ -336,6 +343,48 @@ class SchedulerContract(_MemberContract):
 
         assert sorted(served) == list(range(9))
 
+    def _regrouped(
+        self, routes: Sequence[Route], groups: Sequence[Sequence[int]], limit: int
+    ) -> list[list[int]]:
+        """The answer of a fresh member; the batches as they are if it does not regroup."""
+        member = regrouping_of(self.make())
+        return [list(g) for g in groups] if member is None else ask(member, routes, groups, limit)
+
+    def _units(self) -> Iterator[tuple[list[Route], list[list[int]], int]]:
+        """Routes, batches and limits: full batches, some that have shrunk, tokens of which nothing is known."""
+        dice = Dice(11)
+        for batches, limit in ((1, 1), (1, 4), (2, 1), (2, 4), (3, 5), (4, 2)):
+            for left_out in (0, limit * batches // 3):
+                count = batches * limit - left_out
+                routes = [dice.below(2**31) for _ in range(count)]
+                if left_out:
+                    routes[0] = routes[-1] = 0
+                groups = [list(range(count))[batch::batches] for batch in range(batches)]
+                yield routes, [group for group in groups if group], limit
+
+    def test_regroups_every_sequence_into_exactly_one_batch(self) -> None:
+        for routes, groups, limit in self._units():
+            before = [list(group) for group in groups]
+
+            found = self._regrouped(routes, groups, limit)
+
+            assert sorted(place for group in found for place in group) == list(range(len(routes)))
+            assert all(1 <= len(group) <= limit for group in found)
+            assert len(found) <= len(groups)
+            assert groups == before, "the batches belong to the caller"
+
+    def test_regrouped_batches_are_equal_but_for_the_remainder_or_as_they_were(self) -> None:
+        for routes, groups, limit in self._units():
+            found = self._regrouped(routes, groups, limit)
+
+            sizes = [len(group) for group in found]
+            as_before = sorted(map(sorted, found)) == sorted(map(sorted, groups))
+            assert as_before or max(sizes) - min(sizes) <= 1
+
+    def test_same_routes_give_the_same_batches(self) -> None:
+        for routes, groups, limit in self._units():
+            assert self._regrouped(routes, groups, limit) == self._regrouped(routes, groups, limit)
+
     def _batches(self) -> list[list[int]]:
         member: Scheduler = self.make()
         waiting, batches = self._waiting(9), []
@@ -364,3 +413,79 @@ class MissesContract(_MemberContract):
         member: Misses = self.make()
 
         assert list(member.on_cpu([3, 1, 2])) == list(member.on_cpu([3, 1, 2]))
+
+
+class RoutingContract(_MemberContract):
+    """Promises of a routing. See the module docstring."""
+
+    registry = routings
+
+    def said(self, seed: int, tokens: int, *, known: int | None = None) -> GateScores:
+        """What a router of the tests' shape may say: scores with ties, of all experts or the `known` likeliest."""
+        dice, top_k = Dice(seed), self.shape.top_k
+        ids: list[list[int]] = []
+        scores: list[list[float]] = []
+        weights: list[list[float]] = []
+        for _ in range(tokens):
+            given = [dice.below(6) / 2 for _ in range(self.shape.num_experts)]
+            order = sorted(range(len(given)), key=lambda expert: (-given[expert], expert))
+            ids.append(order[:known])
+            scores.append([given[expert] for expert in order[:known]])
+            shares = [math.exp(score) for score in scores[-1][:top_k]]
+            total = 1.0 + dice.below(3) / 2
+            weights.append([total * share / sum(shares) for share in shares])
+        return GateScores(ids, scores, weights, self.shape.num_experts)
+
+    def asked(self) -> Iterator[tuple[GateScores, Routed]]:
+        """Passes of several sizes, fully and partly known, and what becomes of them."""
+        for seed in range(12):
+            for tokens in (1, 2, 7):
+                for known in (None, self.shape.top_k):
+                    said = self.said(seed, tokens, known=known)
+                    yield said, self.make().route(said)
+
+    def test_every_token_gets_distinct_known_experts_and_no_more_than_it_had(self) -> None:
+        for said, routed in self.asked():
+            assert len(routed.ids) == len(routed.weights) == len(said)
+            for token, ids in enumerate(routed.ids):
+                assert len(set(ids)) == len(ids) <= len(said.weights[token])
+                assert len(ids) == len(routed.weights[token])
+                assert set(ids) <= set(said.ids[token])
+
+    def test_a_token_keeps_its_likeliest_experts_among_those_in_use(self) -> None:
+        for said, routed in self.asked():
+            used = {expert for ids in routed.ids for expert in ids}
+            for token, ids in enumerate(routed.ids):
+                usable = [expert for expert in said.ids[token] if expert in used]
+                assert list(ids) == usable[: len(ids)]
+
+    def test_weights_are_positive_and_keep_their_sum(self) -> None:
+        for said, routed in self.asked():
+            for before, after in zip(said.weights, routed.weights, strict=True):
+                assert all(weight > 0 for weight in after)
+                assert not after or math.isclose(sum(before), sum(after), rel_tol=1e-9)
+
+    def test_a_token_whose_experts_stay_is_left_as_it_was(self) -> None:
+        for said, routed in self.asked():
+            for token, ids in enumerate(routed.ids):
+                if set(ids) == set(said.chosen(token)):
+                    assert list(ids) == list(said.chosen(token))
+                    assert list(routed.weights[token]) == list(said.weights[token])
+
+    def test_a_lossless_one_changes_nothing(self) -> None:
+        for said, routed in self.asked():
+            if self.member.is_lossless:
+                assert [list(ids) for ids in routed.ids] == [
+                    list(said.chosen(token)) for token in range(len(said))
+                ]
+
+    def test_same_scores_give_the_same_routing_whatever_came_before(self) -> None:
+        one: Routing = self.make()
+        said = self.said(1, 5)
+        first = one.route(said)
+        one.route(self.said(2, 9))
+
+        assert one.route(said) == first == self.make().route(said)
+
+    def test_bears_a_pass_without_tokens(self) -> None:
+        assert self.make().route(GateScores([], [], [], self.shape.num_experts)) == Routed([], [])

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from expertflow.simulator.policy.spec import PolicyFile, make_spec, write_policy
 from expertflow.simulator.result import (
@@ -22,6 +23,8 @@ from expertflow.simulator.result import (
     Verdict,
     VerifiedRun,
 )
+from expertflow.simulator.sweep_folder import DOCUMENT, RESULTS, MachineNote, SweepFile
+from expertflow.simulator.sweep_row import Row, table_of
 from expertflow.tracer.records import write_json
 from expertflow.tracer.synthetic import synthetic_trace
 from expertflow.tracer.types import Provenance
@@ -252,13 +255,82 @@ def make_verdict(trace_id: str, *, validated: bool) -> Verdict:
     )
 
 
+def make_rows() -> list[Row]:
+    """Three caches with and without prefetch at three sizes, one bound, and one point that failed."""
+    rows = [
+        make_row(cache, predictor, slots)
+        for cache in ("lru", "lfu", "static")
+        for predictor in ("none", "gate_lookahead")
+        for slots in (16, 32, 48)
+    ]
+    failed = replace(rows[0], key="failed", tokens_per_s=None, error="score needs gate weights.")
+    return [*rows, make_row("belady", "none", 32, is_bound=True), failed]
+
+
+def make_row(cache: str, predictor: str, slots: int, *, is_bound: bool = False) -> Row:
+    """One line of a sweep with numbers that grow with the slots."""
+    bonus = {"lru": 0, "lfu": 1, "static": 2, "belady": 8}[cache] + 3 * (predictor != "none")
+    label = f"{cache} + {predictor} @ {slots} slots"
+    return Row(
+        key=label,
+        policy_hash=f"hash-{label}",
+        label=label,
+        cache=cache,
+        allocation="equal",
+        predictor=predictor,
+        scheduler="fcfs",
+        misses="load",
+        params="{}",
+        budget=f"{slots}slots",
+        slots=slots,
+        link="pcie3x16",
+        link_origin="declared",
+        declared_link="pcie3x16",
+        is_bound=is_bound,
+        is_lossless=True,
+        tokens_per_s=10.0 + slots / 4 + bonus,
+        ttft_mean_s=0.2,
+        ttft_p95_s=0.3,
+        tpot_mean_s=0.03,
+        tpot_p95_s=0.05,
+        decode_hit_rate=slots / 64,
+        prefill_hit_rate=slots / 80,
+        bytes_per_token=(64 - slots) * MIB / 8,
+        stall_s=1.0,
+        link_busy_share=0.4,
+        peak_device_bytes=(60 + 4 * slots) * MIB,
+        slots_ratio=3.4 / (slots / 4),
+    )
+
+
+def write_sweep(folder: Path, trace_id: str) -> Path:
+    """A finished sweep."""
+    folder.mkdir(parents=True)
+    rows = make_rows()
+    pq.write_table(table_of(rows), folder / RESULTS)
+    document = SweepFile(
+        trace_id=trace_id,
+        model_id="tiny_moe/demo-4x16",
+        machine=MachineNote(hash="m", device="cpu", links=("pcie3x16",), is_calibrated=False),
+        space={},
+        search={"method": "grid", "objectives": ["tokens_per_s", "peak_device_bytes"]},
+        seed=0,
+        status="finished",
+        provenance=MADE,
+        counts={"predicted": len(rows) - 1, "failed": 1, "bounds": 1},
+    )
+    write_json(folder / DOCUMENT, document)
+    return folder
+
+
 def write_demo(folder: Path) -> Path:
-    """A folder with a trace, a tuning, a policy, a single result and two verdicts."""
+    """A folder with a trace, a tuning, a policy, a sweep, a single result and two verdicts."""
     trace = synthetic_trace(folder / "demo", sequences=8, prompt_tokens=24, new_tokens=24)
     trace_id = trace.manifest.trace_id
     write_json(folder / "demo-tuning.json", make_tuning(trace_id))
     write_json(folder / "demo-verdict.json", make_verdict(trace_id, validated=True))
     write_json(folder / "other-verdict.json", make_verdict(trace_id, validated=False))
+    write_sweep(folder / "demo-sweep", trace_id)
     write_json(folder / "demo-run.json", make_result("lru", trace_id=trace_id, tokens_per_s=19.7))
     behaviour = make_spec(slots=32, cache="lfu")
     policy = PolicyFile(
@@ -291,4 +363,6 @@ def broken(tmp_path: Path) -> Path:
         json.dumps({"format": "expertflow.verdict/1", "validated": "maybe"}), encoding="utf-8"
     )
     write_json(tmp_path / "tuning.json", make_tuning(cut.manifest.trace_id))
+    sweep = write_sweep(tmp_path / "swept", cut.manifest.trace_id)
+    (sweep / RESULTS).write_bytes(b"PAR1")
     return tmp_path

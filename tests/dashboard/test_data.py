@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from expertflow.dashboard import data
+from expertflow.dashboard import data, routing
 from expertflow.tracer.records import write_json
 
 from .conftest import make_result, make_tuning, make_verdict
@@ -27,8 +27,8 @@ def test_demo_folder_is_found_and_linked(demo: Path) -> None:
 
 def test_routing_counts_are_the_tables(demo: Path) -> None:
     (trace,) = data.discover(demo).traces
-    summary = data.routing_summary(trace)
-    assert isinstance(summary, data.RoutingSummary)
+    summary = routing.routing_summary(trace)
+    assert isinstance(summary, routing.RoutingSummary)
     table = pq.read_table(demo / "demo" / "routing").to_pandas()
     assert summary.rows == len(table)
     wanted = np.zeros((4, 16), dtype=int)
@@ -63,12 +63,13 @@ def test_broken_files_are_named_with_a_reason(broken: Path) -> None:
         "torn/manifest.json",
         "verdict.json",
     }
+    assert isinstance(data.sweep_table(catalog.sweeps[0]), data.Problem)
     assert "truncated" in reasons["cut/routing/part-00000.parquet"]
     assert "JSON" in reasons["torn/manifest.json"]
     assert "Verdict" in reasons["verdict.json"]
     assert not any(str(broken) in reason for reason in reasons.values())
     (trace,) = catalog.traces
-    assert isinstance(data.routing_summary(trace), data.Problem)
+    assert isinstance(routing.routing_summary(trace), data.Problem)
     assert isinstance(data.sequence_summary(trace), data.SequenceSummary)
 
 
@@ -97,8 +98,8 @@ def test_foreign_hidden_partial_and_deep_files_are_passed_over(tmp_path: Path) -
     assert data.discover(tmp_path) == data.Catalog(root=tmp_path)
 
 
-def test_sweeps_and_curves_are_passed_over_without_a_warning(tmp_path: Path) -> None:
-    kinds = ("sweep", "curve", "import", "check", "doctor", "info", "members", "run")
+def test_what_no_page_shows_is_passed_over_without_a_warning(tmp_path: Path) -> None:
+    kinds = ("curve", "import", "check", "doctor", "info", "members", "run")
     for kind in kinds:
         (tmp_path / f"{kind}.json").write_text(json.dumps({"format": f"expertflow.{kind}/1"}))
     (tmp_path / "parts").mkdir()

@@ -1,4 +1,4 @@
-"""Both pages in a real Chromium: they show, they complain about nothing, they call nobody."""
+"""Every page in a real Chromium: they show, they complain about nothing, they call nobody."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from expertflow.dashboard.report import report_on
+from expertflow.dashboard.report_html import to_html
 
 CHROMIUM = Path("/usr/bin/chromium")
 REPO = Path(__file__).resolve().parents[2]
@@ -28,20 +30,29 @@ ARGS = [
     "--disable-sync",
 ]
 PAGES = {
-    "overview": (
+    "Overview": (
         "Which experts does this model need",
         "the busiest 10 % of experts take",
         "of the experts resident,",
-        "Download this policy",
+        "expertflow-trace deploy",
     ),
-    "verify": (
+    "Routing": ("How predictable is", "Used again in the very next pass", "Layer 0 foretells"),
+    "Timeline": ("What happens when", "SIMULATED (outlined)", "because the router chose it"),
+    "Capacity": ("How much memory do I need?", "of the best predicted speed takes"),
+    "What-if": ("What would another budget", "Waiting for experts takes", "behind 360 GB/s"),
+    "Sweep": ("Which of the many", "configurations are beaten by none", "matters most"),
+    "Policy": ("Which policy was chosen", "Download this policy", "slots of its own"),
+    "Verify": (
         "Did the forecast hold?",
         "checks are within tolerance",
         "of the measured time",
         "EMULATED link: every copy",
         "Made",
     ),
+    "Compare": ("How do these runs differ", "is the fastest", "other settings are the same"),
 }
+PATIENCE_MS = 240_000
+"""The simulator may have to be compiled first."""
 pytestmark = pytest.mark.e2e
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -67,15 +78,83 @@ def address(demo: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_both_pages_in_a_browser(address: str, scheme: str, tmp_path: Path) -> None:
+def test_every_page_in_a_browser(address: str, scheme: str, tmp_path: Path) -> None:
     with _browse(scheme) as (page, errors, hosts):
         page.goto(address)
         for name, texts in PAGES.items():
-            page.get_by_role("link", name=name.capitalize()).click()
+            page.get_by_role("link", name=name, exact=True).click()
             _see(page, texts)
-            _save(page, _artifacts(tmp_path) / f"{name}-{scheme}.png")
+            _save(page, _artifacts(tmp_path) / f"{name.lower()}-{scheme}.png")
     assert not errors
     assert hosts <= LOCAL
+
+
+def test_what_if_answers_the_keyboard(address: str, tmp_path: Path) -> None:
+    with _browse("light") as (page, errors, hosts):
+        page.goto(address)
+        page.get_by_role("link", name="What-if", exact=True).click()
+        _see(page, PAGES["What-if"])
+        tile = page.get_by_test_id("stMetricValue").first
+        before = tile.inner_text()
+        page.get_by_role("slider", name="Memory for experts, share of all").press("PageDown")
+        playwright.expect(tile).not_to_have_text(before, timeout=PATIENCE_MS)
+        assert "budget=" in page.url
+        _save(page, _artifacts(tmp_path) / "what-if-after-a-key.png")
+    assert not errors
+    assert hosts <= LOCAL
+
+
+def test_a_bar_of_the_timeline_is_explained_when_picked(address: str, tmp_path: Path) -> None:
+    with _browse("light") as (page, errors, _):
+        page.goto(address)
+        page.get_by_role("link", name="Timeline", exact=True).click()
+        _see(page, PAGES["Timeline"])
+        field = page.get_by_role("spinbutton", name="Pass to explain")
+        playwright.expect(field).to_have_value("0")
+        bars = page.locator(".js-plotly-plot").nth(1).locator(".trace.bars").first.locator(".point")
+        bars.last.scroll_into_view_if_needed()
+        box = bars.last.bounding_box()
+        assert box
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(*middle)
+        playwright.expect(page.locator(".hoverlayer .hovertext").first).to_be_visible()
+        page.mouse.click(*middle)
+        playwright.expect(field).not_to_have_value("0", timeout=PATIENCE_MS)
+        _save(page, _artifacts(tmp_path) / "timeline-after-a-pick.png")
+    assert not errors
+
+
+def test_a_figure_is_saved_as_a_page_that_works_alone(address: str, tmp_path: Path) -> None:
+    with _browse("light") as (page, errors, _):
+        page.goto(address)
+        _see(page, PAGES["Overview"])
+        page.get_by_test_id("stPopover").first.get_by_role("button").click()
+        with page.expect_download(timeout=PATIENCE_MS) as started:
+            page.get_by_role("button", name="Figure (HTML, works offline)").first.click()
+        started.value.save_as(tmp_path / "figure.html")
+    assert not errors
+    _opens_offline(tmp_path / "figure.html", figures=1)
+
+
+def test_the_report_opens_with_the_network_off(demo: Path, tmp_path: Path) -> None:
+    html = to_html(report_on(demo))
+    path = _artifacts(tmp_path) / "report.html"
+    path.write_text(html, encoding="utf-8")
+    _opens_offline(
+        path, figures=html.count('class="plotly-graph-div"'), picture=path.with_suffix(".png")
+    )
+
+
+def _opens_offline(path: Path, *, figures: int, picture: Path | None = None) -> None:
+    with _browse("light") as (page, errors, hosts):
+        page.context.set_offline(True)
+        page.goto(path.as_uri())
+        playwright.expect(page.locator(".js-plotly-plot")).to_have_count(figures)
+        playwright.expect(page.locator(".main-svg").first).to_be_visible()
+        if picture is not None:
+            page.screenshot(path=picture, full_page=True)
+    assert not errors
+    assert not {host for host in hosts if not host.startswith("file:")}
 
 
 def test_a_link_opens_its_page_in_its_state(address: str, tmp_path: Path) -> None:
@@ -115,9 +194,9 @@ def _browse(scheme: str) -> Iterator[tuple[playwright.Page, list[str], set[str]]
 def _see(page: playwright.Page, texts: tuple[str, ...]) -> None:
     """Wait until every text is there; neither a traceback nor a placeholder may be."""
     for text in texts:
-        playwright.expect(page.get_by_text(text).first).to_be_attached(timeout=30_000)
+        playwright.expect(page.get_by_text(text).first).to_be_attached(timeout=PATIENCE_MS)
     playwright.expect(page.get_by_test_id("stException")).to_have_count(0)
-    playwright.expect(page.get_by_test_id("stSkeleton")).to_have_count(0, timeout=30_000)
+    playwright.expect(page.get_by_test_id("stSkeleton")).to_have_count(0, timeout=PATIENCE_MS)
 
 
 def _artifacts(tmp_path: Path) -> Path:

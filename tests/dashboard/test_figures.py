@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from expertflow.dashboard import timeline as lanes
 from expertflow.dashboard import words
-from expertflow.dashboard.figures import candidates, capacity, names, routing, time_split, verify
-from expertflow.simulator.result import Check
+from expertflow.dashboard.figures import (
+    candidates,
+    capacity,
+    compare,
+    memory,
+    names,
+    patterns,
+    policy,
+    routing,
+    sweep,
+    time_split,
+    timeline,
+    verify,
+    what_if,
+)
+from expertflow.simulator.result import Check, Sensitivity
+from expertflow.simulator.sweep_row import table_of
 
-from .conftest import AHEAD, make_curve, make_result, make_tuning, make_verdict
+from .conftest import AHEAD, make_curve, make_result, make_rows, make_tuning, make_verdict
 
 COUNTS = np.array([[90, 10, 0, 0], [25, 25, 25, 25]])
 
 
+@lru_cache(maxsize=1)
 def every_figure() -> dict[str, go.Figure]:
     tuning, verdict = make_tuning("t"), make_verdict("t", validated=False)
     return {
@@ -29,6 +48,74 @@ def every_figure() -> dict[str, go.Figure]:
         "outcomes": candidates.outcomes(tuning.candidates, chosen=AHEAD),
         "checks": verify.checks(verdict.runs),
         "time split": time_split.time_split(verdict.runs),
+        **pattern_figures(),
+        **prediction_figures(),
+    }
+
+
+def pattern_figures() -> dict[str, go.Figure]:
+    pairs = np.array([[40, 10, 5], [10, 40, 15], [5, 15, 40]])
+    return {
+        "reuse": patterns.reuse({"decode": np.array([5, 3, 1, 0, 0, 0, 0, 2])}),
+        "reuse by layer": patterns.layers({"decode": (0.2, 0.4)}, 0.1),
+        "transitions": patterns.transitions(pairs, 0, (0.5, 0.2), similar=True),
+        "company": patterns.company(pairs, 0),
+        "drift": patterns.drift(np.array([[5, 5], [9, 1], [5, 5], [1, 9]]), 0),
+        "domains": patterns.domains({"a": COUNTS, "b": COUNTS[:, ::-1]}, 0.1),
+    }
+
+
+def prediction_figures() -> dict[str, go.Figure]:
+    tuning = make_tuning("t")
+    points = [("lru", make_result("lru", slots=n, tokens_per_s=n)) for n in (16, 32, 64)]
+    points += [("belady", make_result("belady", slots=n, tokens_per_s=n + 5)) for n in (16, 32, 64)]
+    frame = memory.memory_frame(points, 4 << 20)
+    marks = memory.Marks(
+        expert_bytes=4 << 20,
+        floor=16,
+        tight=13.6,
+        resident_tokens_per_s=80,
+        wanted_tokens_per_s=40,
+        answer=40,
+    )
+    one = points[1][1]
+    passes = pd.DataFrame(
+        {
+            "step": [0],
+            "phase": ["decode"],
+            "tokens": [1],
+            "start_s": [0.0],
+            "total_s": [1.0],
+            "stall_s": [0.5],
+        }
+    )
+    bar = (lanes.COMPUTE, "experts", 0.0, 1.0, 0, 0, -1, 0)
+    window = lanes.Timeline(
+        bars=pd.DataFrame([bar], columns=list(lanes.COLUMNS)), passes=passes, is_recorded=False
+    )
+    return {
+        "speed over memory": memory.speed(frame, ["lru"], marks),
+        "hits over memory": memory.hits(frame, ["lru"], marks),
+        "split": what_if.split([one]),
+        "over memory": what_if.over_memory([(0.25, one), (1.0, one)], one, 0.5),
+        "over link": what_if.over_link([(1.0, one), (10.0, one)], one, 4.0),
+        "slots": policy.slots([((0,), 4), ((1,), 6)], 16),
+        "sensitivity": policy.sensitivity(
+            [
+                Sensitivity(
+                    change="link 10 % slower",
+                    chosen_tokens_per_s=9,
+                    best="lfu",
+                    best_tokens_per_s=10,
+                    loss=0.1,
+                )
+            ]
+        ),
+        "compare": compare.compare({"a": one, "b": tuning.candidates[0]}),
+        "lanes": timeline.lanes(window, 0, 0),
+        "passes": timeline.passes(passes, 0, 0, is_recorded=True),
+        "importance": sweep.importance(table_of(make_rows()[:-1]).to_pandas(), "tokens_per_s"),
+        "pareto": sweep.pareto(table_of(make_rows()[:-1]).to_pandas(), "slots", "tokens_per_s"),
     }
 
 
@@ -42,6 +129,30 @@ def test_every_figure_is_titled_labelled_and_small(name: str) -> None:
         template = trace.hovertemplate
         assert trace.hoverinfo == "skip" or template.endswith("<extra></extra>")
     assert len(json.dumps(fig.to_plotly_json(), default=str)) < 2_000_000
+
+
+def test_memory_figures_mark_the_floor_the_bound_and_the_answer() -> None:
+    figs = prediction_figures()
+    fig = figs["speed over memory"]
+    assert [trace.name for trace in fig.data] == [
+        "lru",
+        "belady (bound: knows the future)",
+        "everything resident (bound)",
+        "what you asked for",
+    ]
+    assert list(fig.data[0].x) == [64, 128, 256]
+    assert fig.data[3].x[0] == 160
+    notes = " ".join(note.text for note in fig.layout.annotations)
+    assert "floor: 16 slots" in notes
+    assert "95 % of the best predicted speed takes 256 MiB" in fig.layout.title.text
+
+
+def test_choice_is_firm_only_where_nothing_is_lost() -> None:
+    assert "At worst it loses 10.0 %" in prediction_figures()["sensitivity"].layout.title.text
+    firm = Sensitivity(change="x", chosen_tokens_per_s=10, best="lru", best_tokens_per_s=10, loss=0)
+    assert policy.sensitivity_finding([firm])[0].startswith("The choice holds")
+    assert "4 to 6 slots" in policy.slots_finding([((0,), 4), ((1,), 6)], 16)[0]
+    assert "share 8 slots" in policy.slots_finding([((0, 1), 8)], 16)[0]
 
 
 def test_heatmap_shows_shares_of_each_layer() -> None:

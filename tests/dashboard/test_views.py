@@ -15,17 +15,33 @@ from streamlit.testing.v1 import AppTest
 from .conftest import make_tuning, make_verdict
 
 REPO = Path(__file__).resolve().parents[2]
-PAGES = ("overview", "verify")
+PAGES = {
+    "overview": "Overview",
+    "routing": "Routing",
+    "timeline": "Timeline",
+    "capacity": "Capacity",
+    "what_if": "What-if",
+    "sweep": "Sweep",
+    "policy": "Policy",
+    "verify": "Verify",
+    "compare": "Compare",
+}
+PATIENCE_S = 300
+"""The simulator may have to be compiled first."""
 
 
 def open_page(page: str, folder: Path) -> AppTest:
+    return page_app(page, folder).run()
+
+
+def page_app(page: str, folder: Path) -> AppTest:
     script = f"""
 from pathlib import Path
 from expertflow.dashboard.data import discover
 from expertflow.dashboard.views import {page}
 {page}.render(discover(Path({str(folder)!r})))
 """
-    return AppTest.from_string(script, default_timeout=30).run()
+    return AppTest.from_string(script, default_timeout=PATIENCE_S)
 
 
 def titles(app: AppTest) -> str:
@@ -47,12 +63,12 @@ def test_every_page_opens_on_every_folder(
     folder.mkdir(exist_ok=True)
     app = open_page(page, folder)
     assert not app.exception
-    assert app.title[0].value == page.capitalize()
+    assert app.title[0].value == PAGES[page]
 
 
-def test_app_offers_both_pages(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_app_offers_every_page(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPERTFLOW_DATA", str(demo))
-    app = AppTest.from_file(str(REPO / "dashboard" / "app.py"), default_timeout=30).run()
+    app = AppTest.from_file(str(REPO / "dashboard" / "app.py"), default_timeout=PATIENCE_S).run()
     assert not app.exception
     assert app.title[0].value == "Overview"
 
@@ -104,7 +120,7 @@ from expertflow.dashboard.data import discover
 from expertflow.dashboard.views import overview
 overview.render(discover(Path({str(demo)!r})))
 """,
-        default_timeout=30,
+        default_timeout=PATIENCE_S,
     )
     fresh.query_params["phase"] = "prefill"
     assert "Prefill: the busiest" in titles(fresh.run())
@@ -146,6 +162,114 @@ def test_broken_folders_name_the_files_and_show_the_rest(broken: Path) -> None:
         assert name in words_shown
     assert "Traceback" not in words_shown
     assert "perfect foresight" in titles(app)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_hides_what_is_broken(broken: Path, page: str) -> None:
+    words_shown = text(open_page(page, broken))
+    assert "torn/manifest.json" in words_shown
+    assert "Traceback" not in words_shown
+
+
+def test_a_broken_sweep_is_named_and_the_others_are_offered(broken: Path) -> None:
+    assert "swept: rows" in text(open_page("sweep", broken))
+
+
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [
+        ("routing", parts.FILL_TRACE),
+        ("timeline", parts.FILL_TRACE),
+        ("capacity", parts.FILL_TRACE),
+        ("what_if", parts.FILL_TRACE),
+        ("sweep", parts.FILL_SWEEP),
+        ("policy", parts.FILL_TUNING),
+        ("compare", "expertflow-trace simulate"),
+    ],
+)
+def test_an_empty_page_names_the_command_that_fills_it(
+    tmp_path: Path, page: str, command: str
+) -> None:
+    assert command in text(open_page(page, tmp_path))
+
+
+def test_routing_answers_in_its_titles(demo: Path) -> None:
+    app = open_page("routing", demo)
+    found = titles(app)
+    assert "Used again in the very next pass" in found
+    assert "Layer 0 foretells" in found
+    app.slider(key="layer").set_value(2).run()
+    assert "Layer 2 foretells" in titles(app)
+    app.slider(key="layer").set_value(3).run()
+    assert "is the last one" in text(app)
+
+
+def test_capacity_says_how_much_memory_is_needed(demo: Path) -> None:
+    app = open_page("capacity", demo)
+    app.slider(key="wanted").set_value(10).run()
+    assert "you need" in app.success[0].value
+    app.slider(key="wanted").set_value(100).run()
+    assert "No cache reaches" in app.warning[0].value
+
+
+def test_what_if_answers_when_a_slider_moves(demo: Path) -> None:
+    app = open_page("what_if", demo)
+    before = [metric.value for metric in app.metric]
+    app.slider(key="budget").set_value(25).run()
+    after = [metric.value for metric in app.metric]
+    assert not app.exception
+    assert before != after
+    app.selectbox(key="predictor").set_value("synthetic").run()
+    assert not app.exception
+    assert "SYNTHETIC predictor" in text(app)
+    assert "--predictor-param recall=0.8" in text(app)
+    assert "cannot be deployed" in text(app)
+
+
+def test_what_if_keeps_its_settings_in_the_address(demo: Path) -> None:
+    app = page_app("what_if", demo)
+    app.query_params["budget"] = "25"
+    app.query_params["link"] = "pcie4x16"
+    shown = text(app.run())
+    assert "16 of 64 experts" in shown
+    assert "--link pcie4x16" in shown
+
+
+def test_timeline_tells_why_each_expert_was_loaded(demo: Path) -> None:
+    app = open_page("timeline", demo)
+    shown = text(app)
+    assert "SIMULATED run" in shown
+    assert "because the router chose it and it was not resident" in shown
+    app.number_input(key="explain").set_value(3).run()
+    assert "Pass 3" in text(app)
+    app.get("button_group")[0].set_value("recorded").run()
+    assert not app.exception
+    assert "RECORDED run" in text(app)
+    assert "Recorded (solid)" in titles(app)
+
+
+def test_policy_explains_itself(demo: Path) -> None:
+    app = open_page("policy", demo)
+    assert "keep 32 on the device" in text(app)
+    assert "expertflow-trace deploy" in text(app)
+    assert "Every layer has 8 slots of its own" in titles(app)
+
+
+def test_sweep_shows_the_front_and_what_matters(demo: Path) -> None:
+    app = open_page("sweep", demo)
+    assert "configurations are beaten by none in both" in titles(app)
+    assert "slots matters most" in titles(app)
+    assert "1 configurations failed" in text(app)
+    app.selectbox(key="objective").set_value("decode_hit_rate").run()
+    assert "explains 100 %" in titles(app)
+
+
+def test_compare_names_only_what_differs(demo: Path) -> None:
+    app = open_page("compare", demo)
+    table = app.dataframe[0].value
+    assert "source" in table.index
+    assert "model_id" not in table.index
+    assert "is the fastest" in titles(app)
 
 
 def test_results_without_their_trace_are_shown(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from expertflow.simulator.policy.registry import predictors
 from expertflow.simulator.policy.replay import replay
 
 from tests.runtime.bench import ALLOCATIONS, CACHES, CRAWLING, PREDICTORS, SIZES, SLOW
@@ -14,7 +15,8 @@ PLACES += [(cache, "equal") for cache in CACHES if cache != "lru"]
 LOOKING = [name for name in PREDICTORS if name in ("none", "gate_lookahead")]
 POLICIES = [(*place, predictor) for place, predictor in itertools.product(PLACES, LOOKING)]
 POLICIES += [("lru", "equal", name) for name in PREDICTORS if name not in LOOKING]
-INFERRING = [name for name in PREDICTORS if name not in (*LOOKING, "path")]
+LISTENING = [name for name in PREDICTORS if hasattr(predictors.get(name), "hear")]
+INFERRING = [name for name in PREDICTORS if name not in (*LOOKING, *LISTENING, "path")]
 """Every member once beside plain others; all combinations are tested on pretended devices."""
 
 

@@ -18,6 +18,7 @@ from expertflow.simulator.policy.registry import (
     caches,
     misses,
     predictors,
+    routings,
     schedulers,
 )
 from expertflow.simulator.policy.spec import make_spec
@@ -26,6 +27,7 @@ from expertflow.simulator.policy.testing import (
     CacheContract,
     MissesContract,
     PredictorContract,
+    RoutingContract,
     SchedulerContract,
 )
 from expertflow.tracer.errors import UsageError
@@ -36,6 +38,7 @@ SUITES = (
     (allocations, AllocationContract),
     (schedulers, SchedulerContract),
     (misses, MissesContract),
+    (routings, RoutingContract),
 )
 
 # A file added to a family's folder is tested without a line here.

@@ -14,6 +14,7 @@ from expertflow.simulator.policy.checked import tiny_lessons, tiny_shape
 from expertflow.simulator.policy.registry import allocations, caches, misses, predictors
 from expertflow.simulator.policy.replay import replay
 from expertflow.simulator.policy.spec import Member, PolicySpec, make_spec
+from expertflow.simulator.whole_layers import as_demanded
 from expertflow.simulator.workload import Workload
 from expertflow.tracer.errors import UsageError
 from expertflow.tracer.schema import WHOLE_STEP
@@ -409,6 +410,17 @@ def test_a_policy_without_slots_is_refused(machine, steps_of):
         simulate(steps_of([[(0,)]]), make_spec(slots=0), tiny_shape(1, 8), machine())
 
 
+def test_writing_back_costs_the_way_of_what_is_evicted(machine, steps_of):
+    workload = steps_of([[(0,)], [(1,)]], experts=2)
+    spec = make_spec(slots=1, misses="write_back")
+
+    record = simulate(workload, spec, tiny_shape(1, 2), machine(copy=3.0))
+
+    # The first load finds an empty slot.
+    assert [copy.end_s - copy.start_s for copy in record.copies] == [3.0, 6.0]
+    assert [copy.num_bytes for copy in record.copies] == [1 << 20, 2 << 20]
+
+
 # --- anything goes -----------------------------------------------------------------------------
 
 
@@ -472,7 +484,8 @@ def test_any_run_ends_with_its_books_in_order(machine, steps_of, run):
             assert columns["total_s"][place] == pytest.approx(parts)
     layers = sum(t for t, la in zip(columns["total_s"], columns["layer"], strict=True) if la >= 0)
     assert seconds(record) == pytest.approx(layers)
-    assert sum(outcomes(record).values()) == sum(len(e) for step in run.steps for e in step)
+    demanded = as_demanded(run.workload(steps_of), run.spec)
+    assert sum(outcomes(record).values()) == len(demanded.experts)
     demanded = sum(entry.detail == "demand" for entry in record.log)
     assert seconds(record) >= demanded * run.costs["copy"] - 1e-9
     assert {copy.key for copy in record.copies} <= {
@@ -482,7 +495,8 @@ def test_any_run_ends_with_its_books_in_order(machine, steps_of, run):
     }
     for copy in record.copies:
         assert copy.queued_s <= copy.start_s <= copy.end_s
-        assert 0 <= copy.num_bytes <= run.shape.expert_bytes
+        ways = 2 if run.spec.writes_back else 1
+        assert 0 <= copy.num_bytes <= ways * run.shape.expert_bytes
     assert replay(record.log, run.spec, run.shape).is_exact
 
 

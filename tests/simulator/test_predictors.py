@@ -13,6 +13,7 @@ from expertflow.simulator.engines import run as run_engine
 from expertflow.simulator.feasible import builtin_space, lacking
 from expertflow.simulator.forecast import forecaster
 from expertflow.simulator.judge import judge_of
+from expertflow.simulator.layer_times import layer_times
 from expertflow.simulator.lessons import lessons_of
 from expertflow.simulator.policy.ahead import BySequence, Walk
 from expertflow.simulator.policy.base import LESSONS, Signals
@@ -45,6 +46,10 @@ from tests.builders import make_machine, make_steps
 LEARNING = [
     name for name in predictors.names() if not predictors.get(name).needs & {"future", "paths"}
 ]
+
+
+TABLES = [need for need in LESSONS if need != "forest"]
+"""What any trace teaches; the forest wants look-ahead, and has tests of its own (test_adaptive.py)."""
 
 
 def keys(*pairs: tuple[int, int]) -> list[ExpertKey]:
@@ -452,7 +457,13 @@ def test_lessons_fit_into_a_policy_file(tmp_path, layers, experts, top_k):
     for name in LEARNING:
         if not predictors.get(name).needs & set(LESSONS):
             continue
-        spec = make_spec(slots=8, predictor=name, lessons=taught)
+        spec = make_spec(
+            slots=8,
+            predictor=name,
+            lessons=taught,
+            popularity=workload.popularity(),
+            layer_times={"copy_s": 1.0, "layer_s": 1.0, "token_s": 0.0},
+        )
         path = tmp_path / f"{name}.json"
         write_policy(
             path,
@@ -488,14 +499,15 @@ def test_what_is_learned_comes_from_the_learning_half(trace):
 def test_a_judge_gives_each_predictor_what_it_needs(trace, name):
     judge = judge_of(forecaster(trace), lessons=LESSONS)
     members = {kind: Member(name=member) for kind, member in DEFAULTS.items()}
-    point = Point(
-        budget="8slots", slots=8, link=None, members={**members, "predictor": Member(name=name)}
-    )
+    # The trace recorded one layer of look-ahead.
+    limit = getattr(predictors.get(name), "depth_param", None)
+    member = Member(name=name, params={limit: 1} if limit else {})
+    point = Point(budget="8slots", slots=8, link=None, members={**members, "predictor": member})
 
     row = judge.predict(point)
 
     assert not row.error
-    judge.require([("predictor", Member(name=name))])
+    judge.require([("predictor", member)])
 
 
 def test_token_ids_that_were_not_recorded_are_missed(trace):
@@ -508,7 +520,7 @@ def test_token_ids_that_were_not_recorded_are_missed(trace):
     assert not lacking({"routing", "token_table"}, ready.workload, ready.costs)
     with pytest.raises(UsageError, match="token ids"):
         lessons_of(without, ["token_table"])
-    spec = make_spec(slots=8, predictor="token_table", lessons=lessons_of(ready.workload, LESSONS))
+    spec = make_spec(slots=8, predictor="token_table", lessons=lessons_of(ready.workload, TABLES))
     with pytest.raises(UsageError, match="token ids"):
         replace(ready, workload=without).predict(spec)
 
@@ -566,7 +578,7 @@ def test_previous_token_beats_chance_on_a_sticky_trace(sticky):
 
 def test_popularity_and_likeness_beat_chance_too(sticky):
     learn, judged = split_by_batch(sticky)
-    taught = lessons_of(learn, LESSONS)
+    taught = lessons_of(learn, TABLES)
     for name in ("popular", "markov", "activation_match"):
         spec = make_spec(
             slots=8,
@@ -583,7 +595,7 @@ def test_popularity_and_likeness_beat_chance_too(sticky):
 def test_where_the_next_layer_follows_from_this_one_they_are_right(name):
     steps = [(n * n % 7, (n * n + 1) % 7, n * n % 7) for n in range(60)]
     workload = two_layers(steps, experts=7)
-    taught = lessons_of(workload, LESSONS)
+    taught = lessons_of(workload, TABLES)
     spec = make_spec(slots=8, predictor=name, lessons=taught)
 
     tape, truth = asked(workload, spec), workload.keys()
@@ -600,13 +612,14 @@ def test_engines_agree_and_logs_repeat(trace, name):
         slots=20,
         predictor=name,
         popularity=workload.popularity(),
+        layer_times=layer_times(machine, workload),
         lessons=lessons_of(workload, LESSONS),
     )
 
     first, again = (simulate(workload, spec, shape, machine) for _ in range(2))
     totals, engine = run_engine(workload, spec, shape, machine)
 
-    assert engine == "compiled"
+    assert engine == ("reference" if hasattr(predictors.get(name), "hear") else "compiled")
     assert list(first.log) == list(again.log)
     total_s = [
         s

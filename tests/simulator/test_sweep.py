@@ -109,6 +109,7 @@ def space() -> Space:
             "predictor": (Option("none"), Option("gate_lookahead", {"depth": (1,)})),
             "scheduler": (Option("fcfs"),),
             "misses": (Option("load"),),
+            "routing": (Option("as_routed"),),
         },
     )
 

@@ -15,6 +15,7 @@ from expertflow.simulator.policy.spec import make_spec
 from expertflow.simulator.space import Budget
 from expertflow.simulator.split import split_by_batch
 from expertflow.simulator.workload import workload_of
+from expertflow.tracer.arrays import routing_arrays
 from expertflow.tracer.errors import TraceError, UsageError
 from expertflow.tracer.quantities import LinkSpec
 from expertflow.tracer.store import Trace
@@ -61,6 +62,9 @@ def test_all_members_the_trace_can_feed_are_tried(ready, choice):
         for allocation in allocations.names()
         for predictor in predictors.names()
         if not {"future", "paths"} & (caches.get(cache).needs | predictors.get(predictor).needs)
+        and not getattr(predictors.get(predictor), "is_baseline", False)
+        # With look-ahead to one layer there is no depth to choose.
+        and not hasattr(predictors.get(predictor), "depth_param")
         # Predictors that only infer are tried with plain slots.
         if predictor in ("none", "gate_lookahead") or allocation == "equal"
     ]
@@ -380,11 +384,16 @@ class _TraceOf(Trace):
         super().__init__(trace.path, trace.manifest)
         self._changed = {table: rows}
 
-    def table(self, name, columns=None, filters=None):
+    def table(self, name, columns=None, **asked):
         if name in self._changed:
             rows = self._changed[name]
             return rows.select(list(columns)) if columns is not None else rows
-        return super().table(name, columns, filters)
+        return super().table(name, columns, **asked)
+
+    def routing_arrays(self, **asked):
+        if "routing" in self._changed:
+            return routing_arrays(self._changed["routing"])
+        return super().routing_arrays(**asked)
 
 
 def test_tokens_without_a_prediction_predict_nothing(trace):

@@ -167,7 +167,6 @@ def record(loaded, manifest, out, recording):
             recorder,
             PROMPTS,
             [PromptText(str(p.sequence), "", "text") for p in PROMPTS],
-            writer,
             batch_size=2,
             max_new_tokens=4,
             make=lambda layer: ResidentExperts(recorder, layer),

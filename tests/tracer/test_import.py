@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from expertflow.tracer.check import check_trace
 from expertflow.tracer.errors import InputError, TraceError, UsageError
-from expertflow.tracer.importers.npz import ImportRequest, import_npz
+from expertflow.tracer.importers.npz import import_npz
+from expertflow.tracer.importers.request import ImportRequest
 from expertflow.tracer.importers.untimed import UNTIMED
 from expertflow.tracer.main import main
 from expertflow.tracer.schema import WHOLE_STEP
@@ -205,12 +206,12 @@ def test_a_limit_keeps_whole_sequences_if_it_can(tmp_path, limit):
 
 
 def test_large_files_are_written_block_by_block(tmp_path, monkeypatch):
-    from expertflow.tracer.importers import npz, untimed
+    from expertflow.tracer.importers import mend, untimed
 
     whole = imported(tmp_path).routing_arrays().experts
     monkeypatch.setattr(untimed, "_ROWS_PER_BLOCK", 2 * LAYERS)
     monkeypatch.setattr(untimed, "_ROWS_PER_PART", 3 * LAYERS)
-    monkeypatch.setattr(npz, "_TOKENS_PER_CHECK", 3)
+    monkeypatch.setattr(mend, "_TOKENS_PER_CHECK", 3)
     pieces = imported(tmp_path)
 
     assert len(pieces.manifest.tables["routing"]) > 1

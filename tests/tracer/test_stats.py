@@ -1,10 +1,8 @@
 """The numbers `info` shows, against small cases worked out by hand and slow reference code."""
 
-import time
-
 import numpy as np
 import pytest
-from expertflow.tracer.stats import describe_routing, routing_stats
+from expertflow.tracer.stats import describe_routing, routing_stats, sample
 from expertflow.tracer.store import RoutingArrays, Trace
 from expertflow.tracer.synthetic import synthetic_trace
 
@@ -141,22 +139,40 @@ def test_vectorised_numbers_equal_the_obvious_loops(tmp_path):
     assert sum(r for r in stats.decode.reuse_by_layer) / 3 == pytest.approx(stats.decode.reuse)
 
 
-def test_a_million_rows_take_seconds():
+def random_routing(rows: int, *, batch: int, layers: int, experts: int, top_k: int):
+    """One decode step per `batch` tokens, by layer."""
     rng = np.random.default_rng(0)
-    rows = 1_000_000
-    step, layer = np.divmod(np.arange(rows) // 8, 16)
-    routing = RoutingArrays(
+    event, member = np.divmod(np.arange(rows), batch)
+    step, layer = np.divmod(event, layers)
+    return RoutingArrays(
         step=step.astype(np.int32),
         layer=layer.astype(np.int16),
-        sequence=(np.arange(rows) % 8).astype(np.int32),
+        sequence=member.astype(np.int32),
         position=step.astype(np.int32),
         phase_is_decode=step > 0,
         token_id=np.zeros(rows, np.int32),
         is_pad=np.zeros(rows, bool),
-        experts=(rng.integers(0, 64, (rows, 1)) + np.arange(8)).astype(np.uint16) % 64,
+        experts=(rng.integers(0, experts, (rows, 1)) + np.arange(top_k)).astype(np.uint16)
+        % experts,
     )
-    start = time.process_time()
 
-    describe_routing(routing, 16, 64, {n: ("a", "b")[n % 2] for n in range(8)})
 
-    assert time.process_time() - start < 3
+def test_a_trace_beyond_the_limit_is_sampled_and_says_so(monkeypatch):
+    routing = random_routing(24_000, batch=4, layers=3, experts=16, top_k=2)
+    whole = describe_routing(routing, 3, 16)
+    monkeypatch.setattr(sample, "SAMPLE_ROWS", 6000)
+
+    part = describe_routing(routing, 3, 16)
+
+    assert whole.sampled_tokens == whole.tokens == part.tokens == 8000
+    assert 1000 <= part.sampled_tokens <= 4000
+    assert (part.top_share, part.gini, part.entropy) == (whole.top_share, whole.gini, whole.entropy)
+    assert part.decode.reuse == pytest.approx(whole.decode.reuse, abs=0.03)
+    assert part.ratios[1].lru_hits == pytest.approx(whole.ratios[1].lru_hits, abs=0.03)
+
+
+def test_one_long_sequence_is_cut_to_the_limit(monkeypatch):
+    routing = random_routing(12_000, batch=1, layers=3, experts=16, top_k=2)
+    monkeypatch.setattr(sample, "SAMPLE_ROWS", 3000)
+
+    assert describe_routing(routing, 3, 16).sampled_tokens == 1000

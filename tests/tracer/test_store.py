@@ -4,8 +4,10 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from expertflow.tracer.arrays import expert_ids
 from expertflow.tracer.errors import TraceError, UsageError
 from expertflow.tracer.store import NO_EXPERT, Trace
 from expertflow.tracer.synthetic import synthetic_trace
@@ -126,3 +128,37 @@ def test_manifest_cannot_point_outside_its_folder(trace, tmp_path, path):
 
     with pytest.raises(TraceError, match="not the path of a file in this folder"):
         Trace.open(copy)
+
+
+def test_unknown_numbers_are_nan_and_unknown_ids_are_no_expert():
+    half, ids = pa.list_(pa.float16(), 2), pa.list_(pa.uint16(), 2)
+    weights = pa.array([[0.5, None], None, [0.25, 0.75]], half).slice(0, 3)
+    experts = pa.array([[3, 4], [5, None], None], ids)
+
+    told = expert_ids(pa.chunked_array([weights, weights.slice(2)])).tolist()
+
+    assert [[None if np.isnan(w) else w for w in row] for row in told] == [
+        [0.5, None],
+        [None, None],
+        [0.25, 0.75],
+        [0.25, 0.75],
+    ]
+    assert expert_ids(pa.chunked_array([experts])).tolist() == [
+        [3, 4],
+        [5, NO_EXPERT],
+        [NO_EXPERT, NO_EXPERT],
+    ]
+
+
+def test_hugging_face_datasets_load_every_table_of_the_folder(trace, tmp_path, monkeypatch):
+    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+    datasets = pytest.importorskip("datasets")
+
+    for name in trace.manifest.tables:
+        loaded = datasets.load_dataset(
+            str(trace.path), name, split="train", cache_dir=str(tmp_path)
+        )
+        assert loaded.num_rows == trace.manifest.rows(name)
+    default = datasets.load_dataset(str(trace.path), split="train", cache_dir=str(tmp_path))
+    assert default[0]["experts"] == trace.table("routing")["experts"][0].as_py()

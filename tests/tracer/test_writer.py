@@ -179,7 +179,7 @@ def test_full_disk_is_a_resource_error_with_a_next_step(source, tmp_path, monkey
     def no_space(path, body):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer_module, "_write_durably", no_space)
+    monkeypatch.setattr(writer_module, "write_durably", no_space)
     with pytest.raises(ResourceError, match=r"No space left.*Free some space"):
         writer.flush()
 

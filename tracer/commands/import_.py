@@ -1,4 +1,4 @@
-"""`expertflow-trace import`: published routing as a trace, to be replayed on a declared machine."""
+"""`expertflow-trace import`: routing that other tools recorded as a trace, to be replayed on a declared machine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,29 @@ IMPORT_FORMAT = "expertflow.import/1"
 
 
 def import_trace(
-    file: Annotated[Path, typer.Argument(help="Routing as .npz (see below).", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="What the other tool wrote.", metavar="FILE")],
     out: Annotated[Path, typer.Option(help="Trace folder to write.")],
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format", help="auto (by contents), npz, vllm, sglang or llamacpp; docs/interop.md."
+        ),
+    ] = "auto",
     phase: Annotated[
-        str, typer.Option(help="decode: one step per row; prefill: one step per sequence.")
-    ] = "decode",
+        str | None,
+        typer.Option(
+            help="Where the file does not say: decode, one step per row (default), or prefill, one step per "
+            "sequence."
+        ),
+    ] = None,
     experts: Annotated[
         int | None, typer.Option(help="Experts per layer; default: the highest id seen, plus 1.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of the model, where ids are flat (SGLang's replies).")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts per token, where ids are flat (SGLang, llama.cpp).")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Name of the model; default: the file's name.")
@@ -53,22 +69,25 @@ def import_trace(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Turn published routing without times into a trace.
+    """Turn routing recorded by vLLM, SGLang, llama.cpp or numpy into a trace without times.
 
-    FILE is a numpy archive with expert_ids (tokens × layers × k, or layers × tokens × k), seq_bounds
-    (where each sequence starts, and the end) and, if there are any, gate_weights and labels of sequences.
+    What was found and mended on the way is said, and kept in the trace. A pickle is never run.
 
     Example: expertflow-trace import routing.npz --out traces/theirs --experts 32 --expert-bytes 13MB
     """
-    from ..importers.npz import ImportRequest, import_npz
+    from ..importers.formats import import_file
+    from ..importers.request import ImportRequest
     from ..quantities import parse_bytes
 
-    manifest = import_npz(
+    manifest = import_file(
         ImportRequest(
             file=file,
             out=out,
+            format=format_,
             phase=phase,
             experts=experts,
+            layers=layers,
+            top_k=top_k,
             model=model,
             dtype=dtype,
             expert_bytes=parse_bytes(expert_bytes) if expert_bytes else 0,
@@ -85,12 +104,17 @@ def import_trace(
     shape = manifest.shape
     rows = {table: manifest.rows(table) for table in manifest.tables}
     if as_json:
-        document = {"trace": str(out), "trace_id": manifest.trace_id, "shape": shape, "rows": rows}
+        document = {
+            "trace": str(out),
+            "trace_id": manifest.trace_id,
+            "source": manifest.run.extra,
+            "shape": shape,
+            "rows": rows,
+        }
         print_json({"format": IMPORT_FORMAT, **document, "warnings": manifest.warnings})
         return
-    layers, top_k = shape.num_moe_layers, shape.top_k
     size = sum(info.bytes for files in manifest.tables.values() for info in files)
     held = [("rows", f"{count:,} {table}") for table, count in rows.items()]
-    experts_text = f"{layers} layers of {shape.num_experts}, top {top_k}"
+    experts_text = f"{shape.num_moe_layers} layers of {shape.num_experts}, top {shape.top_k}"
     print_rows(f"Trace {out}", [("experts", experts_text), *held, ("size", bytes_text(size))])
     say(f"Next: expertflow-trace info {out}")

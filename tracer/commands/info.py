@@ -11,15 +11,18 @@ from ..console import bytes_text, print_json, print_rows
 from ..records import to_json
 from ..stats import RoutingStats, routing_stats
 from ..store import Trace
+from .info_rows import statistics_sections
 
 INFO_FORMAT = "expertflow.info/1"
 
 
 def info(
-    trace: Annotated[Path, typer.Argument(help="Trace folder.", metavar="DIR")],
+    trace: Annotated[Path, typer.Argument(help="Trace folder, or its URL.", metavar="DIR")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Show what a trace holds: model, machine, sizes, and how its routing behaves.
+
+    docs/statistics.md says what each figure means. A URL such as s3://bucket/trace is read through fsspec.
 
     Example: expertflow-trace info traces/demo/trace
     """
@@ -30,7 +33,8 @@ def info(
         return
     print_rows(f"Trace {opened.path}", _trace_rows(opened))
     print_rows("Model and machine", _model_rows(opened))
-    print_rows("Routing", _stats_rows(stats))
+    for title, rows in statistics_sections(stats):
+        print_rows(title, rows)
     notes = [("warning", text) for text in opened.manifest.warnings]
     if notes:
         print_rows("Notes", notes)
@@ -92,34 +96,4 @@ def _model_rows(trace: Trace) -> list[tuple[str, str]]:
     else:
         speed = ""
     rows.append(("link", f"{link.name} ({link.origin}){speed}"))
-    return rows
-
-
-def _stats_rows(stats: RoutingStats) -> list[tuple[str, str]]:
-    rows = [
-        (
-            "popularity",
-            f"the top tenth of experts takes {stats.top_share:.0%} of demand "
-            f"({stats.top_share_even:.0%} if even); entropy {stats.entropy:.2f} of 1",
-        )
-    ]
-    for phase in (stats.prefill, stats.decode):
-        text = f"{phase.tokens:,} tokens in {phase.steps:,} steps"
-        if phase.steps:
-            text += f"; {phase.mean_distinct:.1f} distinct experts per layer and step"
-        if phase.reuse is not None:
-            text += (
-                f"; the next token keeps {phase.reuse:.0%} of its experts "
-                f"(by chance {stats.reuse_chance:.0%})"
-            )
-        rows.append((phase.phase, text))
-    if stats.reuse_distance is not None:
-        rows.append(
-            ("reuse", f"an expert comes back after {stats.reuse_distance:.0f} steps (median)")
-        )
-    for pair in stats.domains:
-        text = f"{pair.first} and {pair.second} differ by {pair.distance:.2f} (total variation"
-        noise = f"; {stats.within_domain:.2f} within" if stats.within_domain is not None else ""
-        rows.append(("domains", f"{text}{noise})"))
-    rows += [("cache", ratio.reading) for ratio in stats.ratios]
     return rows

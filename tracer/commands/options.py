@@ -22,7 +22,7 @@ EmulatedLink = Annotated[
 ]
 DeclaredLink = Annotated[
     str | None,
-    typer.Option("--link", help="A declared link instead: pcie4x16, or 25GB/s+10us."),
+    typer.Option("--link", help="Another link: pcie4x16, 25GB/s+10us, or a profile.json."),
 ]
 Tier = Annotated[str, typer.Option(help="Where experts wait: ram, or disk (memory-mapped).")]
 Threads = Annotated[
@@ -37,6 +37,10 @@ PolicyModel = Annotated[
 ]
 MachinePath = Annotated[
     Path | None, typer.Option("--machine", help="A machine.json, as written by `calibrate`.")
+]
+PathsDir = Annotated[
+    Path | None,
+    typer.Option("--paths", help="Folder of a trained path predictor, for predictor `path`."),
 ]
 Gpu = Annotated[
     str | None, typer.Option("--gpu", help="A declared GPU instead of the trace's machine.")

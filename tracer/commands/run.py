@@ -39,6 +39,12 @@ def run(
     lookahead: Annotated[
         int, typer.Option(help="Record what the gates of this many later layers pick (0-3).")
     ] = 1,
+    scores: Annotated[
+        int,
+        typer.Option(
+            help="Record the gate's scores of this many likeliest experts per token (0: none)."
+        ),
+    ] = 0,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     threads: Threads = None,
     store_text: Annotated[
@@ -50,12 +56,27 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with a run of these arguments that was cut off."),
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Write prompts with the model's chat template.")
+    ] = False,
+    teacher_forced: Annotated[
+        bool | None,
+        typer.Option(
+            "--teacher-forced/--own-generation",
+            help="Feed given text (a completion, or each text's last tokens) instead of the model's own.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Trace a real run: which experts each token uses, and how long everything takes.
 
     Example: expertflow-trace run --out traces/mine --limit 24
     """
+    from ..probe import command_line
     from ..tracing import TraceRequest, trace_run
     from ..writer import partial_path
 
@@ -76,14 +97,19 @@ def run(
         store_text=store_text,
         redact=redact,
         overwrite=overwrite,
+        resume=resume,
+        chat=chat,
+        teacher_forced=teacher_forced,
+        scores=scores,
     )
     try:
         manifest, summary = trace_run(request, progress=progress, say=say)
     except KeyboardInterrupt:
         partial = partial_path(out)
         if partial.exists():
+            again = command_line().removesuffix(" --resume")
             say(
-                f"Interrupted. What was recorded is in {partial}; "
+                f"Interrupted. What was recorded is in {partial}; go on with `{again} --resume`, or "
                 f"keep it with `expertflow-trace check {partial} --salvage SALVAGED`."
             )
         raise

@@ -14,12 +14,11 @@ from ..rescored import Entry, Rescored, Resident
 class TwoLevelLRU(Rescored):
     """Two levels after Shen et al. (arXiv 2510.26730), who released no code: this is one reading.
 
-    High level: demanded within the last `window` events of this pool, now − last < window. Low level: the
-    rest, and prefetched experts until they are demanded. rank = (0 if low else 1, last event, key),
-    lowest first; the last event is that of the last demand, or of admission for the prefetched. The paper
-    keeps what is predicted within its look-ahead high as well; a cache is not told predictions, only
-    admissions. Without prefetch the levels follow recency and this is LRU. An event with an eviction
-    costs O(n) of the pool (rescored.py).
+    High level: demanded within the last `window` events of this pool, now − last < window, or predicted for its layer
+    by the predictor's latest words on it, until that layer is routed. Low level: the rest, and prefetched experts that
+    are no longer predicted, until they are demanded. rank = (0 if low else 1, last event, key), lowest first; the last
+    event is that of the last demand, or of admission for the prefetched. Without a predictor the levels follow recency
+    and this is LRU. An event with an eviction costs O(n) of the pool (rescored.py), and so does a prediction.
     """
 
     name: ClassVar[str] = "two_level_lru"
@@ -33,17 +32,29 @@ class TwoLevelLRU(Rescored):
         self._window = window
         self._event: frozenset[ExpertKey] = frozenset()
         self._unused: set[ExpertKey] = set()
+        self._predicted: dict[int, set[ExpertKey]] = {}
 
     def begin(self, keys: Sequence[ExpertKey], facts: Facts) -> None:
         super().begin(keys, facts)
         self._event = frozenset(keys)
+        self._predicted.pop(keys[0].layer, None)
+
+    def expect(self, keys: Sequence[ExpertKey]) -> None:
+        self._heap = None
+        said: dict[int, set[ExpertKey]] = {}
+        for key in keys:
+            said.setdefault(key.layer, set()).add(key)
+        self._predicted |= said
 
     def entries(self, residents: Iterable[Resident]) -> list[Entry]:
-        recent, unused = self.now - self._window, self._unused
         return [
-            (1.0 if last > recent and key not in unused else 0.0, last, key)
-            for key, (last, _) in residents
+            (1.0 if self._is_high(key, last) else 0.0, last, key) for key, (last, _) in residents
         ]
+
+    def _is_high(self, key: ExpertKey, last: int) -> bool:
+        if key in self._predicted.get(key.layer, ()):
+            return True
+        return last > self.now - self._window and key not in self._unused
 
     def touch(self, key: ExpertKey) -> None:
         # An admission comes here too; outside the event it is that of a prefetch.

@@ -12,6 +12,7 @@ class Load:
     name: ClassVar[str] = "load"
     needs: ClassVar[frozenset[str]] = frozenset()
     is_lossless: ClassVar[bool] = True
+    loads_all: ClassVar[bool] = True
 
     def on_cpu(self, tokens: Sequence[int]) -> Sequence[int]:
         return ()

@@ -1,0 +1,195 @@
+"""The embedded model as the benchmarks run it: held-out text, traces, predictors, predicted beside measured.
+
+Imported by the scripts beside it, which run from a checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench_common import ROOT as _ROOT  # noqa: F401 - puts the checkout on the path
+from expertflow.runtime.calibrate import Calibration
+from expertflow.runtime.deploy import same_text
+from expertflow.runtime.machine import Machine, device_name
+from expertflow.runtime.paths.build import PredictorRequest, build_predictor
+from expertflow.runtime.paths.train import Training
+from expertflow.simulator.forecast import Forecaster
+from expertflow.simulator.paths import PredictorCard
+from expertflow.simulator.policy.spec import PolicySpec
+from expertflow.simulator.result import MemoryResult, Result
+from expertflow.simulator.workload import Workload
+from expertflow.tracer import embedded
+from expertflow.tracer.generate import Generated, Prompt
+from expertflow.tracer.probe import provenance
+from expertflow.tracer.store import Trace
+from expertflow.tracer.tracing import TraceRequest, trace_run
+
+
+def cut(folder: Path, most: int | None) -> Path:
+    """Pieces of 12 to 70 words of the documents that hold none of the shipped prompts."""
+    starts = [row["text"][:60] for row in rows_of(embedded.PROMPTS)]
+    draw, pieces = random.Random(7), []
+    for number, row in enumerate(rows_of(embedded.MODEL_DIR / "heldout.jsonl")):
+        if any(start in row["text"] for start in starts):
+            continue
+        words, place = row["text"].split(" "), 0
+        while place < len(words):
+            count = draw.randint(12, 70)
+            text = " ".join(words[place : place + count]).strip()[:900]
+            place += count
+            if len(text) > 40:
+                name = f"{row['domain']}-{number}-{len(pieces)}"
+                pieces.append({"id": name, "domain": row["domain"], "text": text})
+    draw.shuffle(pieces)
+    path = folder / "pieces.jsonl"
+    path.write_text("".join(json.dumps(piece) + "\n" for piece in pieces[:most]))
+    return path
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Rows of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def traced(
+    out: Path,
+    prompts: Path | None,
+    new_tokens: int,
+    batch_size: int,
+    limit: int | None = None,
+    *,
+    lookahead: int = 1,
+) -> Trace:
+    """A trace of the embedded model."""
+    request = TraceRequest(
+        out=out,
+        prompts=prompts,
+        limit=limit,
+        max_new_tokens=new_tokens,
+        batch_size=batch_size,
+        lookahead=lookahead,
+        device="cpu",
+        threads=1,
+    )
+    trace_run(request, progress=no_progress, say=hint)
+    return Trace.open(out)
+
+
+def built(trace: Trace, out: Path, epochs: int, **asked: Any) -> PredictorCard:
+    """A predictor with the command's own settings."""
+    request = PredictorRequest(
+        trace=trace.path,
+        out=out,
+        training=Training(epochs=epochs),
+        device="cpu",
+        **{"network": {}, **asked},
+    )
+    return build_predictor(request, progress=no_progress, say=hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One policy, predicted and then run."""
+
+    predicted: Result
+    measured: Result
+
+
+class Trials:
+    """One machine and one batch size: policies are predicted from a calibration of this process, then run in turns.
+
+    `workload` is what the resident model routed for `prompts`, and `text` what it said; calibration runs on other
+    prompts. The first policy of a round is run again at its end: what the two differ by is the noise.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        workload: Workload,
+        prompts: Sequence[Prompt],
+        calibration: Sequence[Prompt],
+        *,
+        batch_size: int,
+        new_tokens: int,
+        text: Sequence[Generated],
+    ) -> None:
+        self._machine, self._workload, self._prompts = machine, workload, prompts
+        self._size, self._new_tokens = batch_size, new_tokens
+        self._calibrator = Calibration(
+            machine, calibration, batch_size=batch_size, max_new_tokens=new_tokens
+        )
+        self._text = text
+        self._memory: dict[str, MemoryResult] = {}
+        self.noise: list[float] = []
+
+    def forecaster(self) -> Forecaster:
+        """Predictions for this process as it is now."""
+        costs = self._calibrator.measure(lambda _: None)
+        machine = self._machine
+        return Forecaster(
+            workload=self._workload,
+            costs=costs,
+            shape=machine.loaded.shape,
+            trace_id=machine.trace_id,
+            device=device_name(machine.device),
+            link=machine.link_name,
+            link_origin=machine.link_origin,
+            submit_s=0.0,
+            decision_is_measured=True,
+            provenance=provenance(0, "own-generation"),
+            path_costs=self._calibrator.measure_paths(costs),
+        )
+
+    def round(self, ready: Forecaster, specs: Sequence[PolicySpec]) -> list[Pair]:
+        """Predict all, run all. Raises SystemExit if a text differs or a log does not replay."""
+        predicted = [ready.predict(spec) for spec in specs]
+        pairs = [Pair(found, self.run(spec)) for spec, found in zip(specs, predicted, strict=True)]
+        again = self.run(specs[0])
+        self.noise.append(abs(again.tokens_per_s / pairs[0].measured.tokens_per_s - 1.0))
+        return pairs
+
+    def run(self, spec: PolicySpec) -> Result:
+        """One measured run; its peak memory is measured the first time."""
+        key = spec.behaviour_hash()
+        if key not in self._memory:
+            self._memory[key] = self._machine.peak_memory(spec, self._prompts, self._size)
+        record, outputs = self._machine.run(
+            spec,
+            self._prompts,
+            batch_size=self._size,
+            max_new_tokens=self._new_tokens,
+            memory=self._memory[key],
+        )
+        is_same = same_text(outputs, self._text)
+        result = self._machine.result(record, spec, batch_size=self._size, same_tokens=is_same)
+        if not (result.same_tokens and result.log_replays):
+            raise SystemExit(
+                f"{spec.label}: text or log differs ({result.same_tokens=}, {result.log_replays=})"
+            )
+        return result
+
+
+class _Silent:
+    def advance(self, amount: int = 1) -> None:
+        """Nothing to show."""
+
+    def phase(self, text: str) -> None:
+        """Nothing to show."""
+
+
+@contextmanager
+def no_progress(title: str, total: int | None = None, unit: str = "") -> Iterator[_Silent]:
+    """No bar: the notes say what is being done."""
+    yield _Silent()
+
+
+def hint(words: str) -> None:
+    """Say on stderr what is being done."""
+    print(words, file=sys.stderr, flush=True)

@@ -1,0 +1,195 @@
+"""Rows of the routing table while a run goes on: kept event by event, turned into Arrow many events at once.
+
+An event costs a few references here; types, labels and conversions wait until thousands of rows are due, so that
+tracing does not slow decode down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from .errors import ResourceError
+from .generate import StepTokens
+from .timing import StepInfo
+
+_PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One pass: what all its events share. Arrays are [tokens]."""
+
+    number: int
+    phase: int
+    sequence: np.ndarray
+    position: np.ndarray
+    token_id: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """One (step, layer): `experts` int32 [tokens, top_k], `weights` of the same shape, on the device."""
+
+    step: _Step
+    layer: int
+    experts: np.ndarray
+    weights: torch.Tensor | None
+    lookahead: dict[int, np.ndarray]
+    scores: tuple[np.ndarray, np.ndarray] | None
+
+
+@dataclass(slots=True)
+class RoutingRows:
+    """Collects events. `modalities` are the labels of token ids that stand for something else than text."""
+
+    num_experts: int
+    top_k: int
+    lookahead: int
+    scores: int
+    has_weights: bool
+    has_token_ids: bool
+    modalities: Mapping[int, str]
+    rows: int = 0
+    _step: _Step | None = None
+    _events: list[_Event] = field(default_factory=list)
+
+    def begin(self, info: StepInfo, tokens: StepTokens) -> None:
+        """A pass is about to run."""
+        self._step = _Step(
+            info.step,
+            _PHASES.index(info.phase),
+            np.asarray(tokens.sequence, dtype=np.int32),
+            np.asarray(tokens.position, dtype=np.int32),
+            np.asarray(tokens.token_id, dtype=np.int32),
+        )
+
+    def add(
+        self,
+        layer: int,
+        chosen: np.ndarray,
+        weights: torch.Tensor,
+        lookahead: dict[int, np.ndarray],
+        scores: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        """Keep one event: arrays are [tokens, top_k], those of `scores` [tokens, m].
+
+        Raises ResourceError if the event does not fit its pass.
+        """
+        step = self._step
+        assert step is not None
+        if chosen.shape != (len(step.sequence), self.top_k):
+            raise ResourceError(
+                f"MoE layer {layer} routed {len(chosen)} tokens to {chosen.shape[1]} experts each, where the pass has "
+                f"{len(step.sequence)} tokens and the model says {self.top_k}. This model cannot be traced."
+            )
+        kept = weights.detach() if self.has_weights else None
+        self._events.append(_Event(step, layer, chosen.astype(np.int32), kept, lookahead, scores))
+        self.rows += len(chosen)
+
+    def drop(self) -> None:
+        """Forget everything collected."""
+        self._events, self.rows = [], 0
+
+    def take(self) -> pa.Table | None:
+        """Hand over what was collected, as rows of the routing table; None if there is nothing.
+
+        Raises ResourceError for experts the model does not have.
+        """
+        events = self._events
+        self.drop()
+        return self._table(events) if events else None
+
+    def _table(self, events: Sequence[_Event]) -> pa.Table:
+        sizes = np.array([len(event.experts) for event in events])
+        experts = np.concatenate([event.experts for event in events])
+        self._require_experts(events, experts)
+        token_id = np.concatenate([event.step.token_id for event in events])
+        position = np.concatenate([event.step.position for event in events])
+        columns: dict[str, Any] = {
+            "step": _spread(events, sizes, lambda event: event.step.number, np.int32),
+            "layer": _spread(events, sizes, lambda event: event.layer, np.int16),
+            "sequence": np.concatenate([event.step.sequence for event in events]),
+            "position": position,
+            "phase": _labels(
+                _spread(events, sizes, lambda event: event.step.phase, np.int8), _PHASES
+            ),
+            "token_id": token_id if self.has_token_ids else np.full_like(token_id, -1),
+            "modality": self._modality(token_id, position),
+            "experts": _lists(experts.astype(np.uint16)),
+        }
+        if self.has_weights:
+            weights = torch.cat([e.weights for e in events if e.weights is not None])
+            half = weights.float().cpu().numpy().astype(np.float16)
+            columns["weights"] = _lists(half)
+        for depth in range(1, self.lookahead + 1):
+            columns[f"lookahead_{depth}"] = self._lookahead(events, depth)
+        if self.scores:
+            pairs = [event.scores for event in events if event.scores is not None]
+            columns["score_ids"] = _lists(np.concatenate([ids for ids, _ in pairs]))
+            columns["scores"] = _lists(np.concatenate([values for _, values in pairs]))
+        return pa.table(columns)
+
+    def _require_experts(self, events: Sequence[_Event], experts: np.ndarray) -> None:
+        if not experts.size or 0 <= experts.min() <= experts.max() < self.num_experts:
+            return
+        for event in events:
+            wrong = event.experts[(event.experts < 0) | (event.experts >= self.num_experts)]
+            if wrong.size:
+                raise ResourceError(
+                    f"MoE layer {event.layer} chose expert {wrong[0]} of {self.num_experts}. Choices that stand for no "
+                    "expert cannot be said in a trace, so this model cannot be traced."
+                )
+
+    def _modality(self, token_id: np.ndarray, position: np.ndarray) -> pa.DictionaryArray:
+        labels = ("text", "pad", *dict.fromkeys(self.modalities.values()))
+        codes = np.zeros(len(token_id), dtype=np.int8)
+        for token, label in self.modalities.items():
+            codes[token_id == token] = labels.index(label)
+        codes[position < 0] = 1
+        return _labels(codes, labels)
+
+    def _lookahead(self, events: Sequence[_Event], depth: int) -> pa.Array:
+        """Predictions of one depth; null where a layer has none. Runs of events are converted together."""
+        kind = pa.list_(pa.uint16(), self.top_k)
+        pieces: list[pa.Array] = [pa.nulls(0, kind)]
+        found: list[np.ndarray] = []
+        for event in events:
+            if depth in event.lookahead:
+                found.append(event.lookahead[depth])
+                continue
+            if found:
+                pieces.append(_lists(np.concatenate(found)))
+                found = []
+            pieces.append(pa.nulls(len(event.experts), kind))
+        if found:
+            pieces.append(_lists(np.concatenate(found)))
+        return pa.concat_arrays(pieces)
+
+
+def distinct_count(chosen: np.ndarray) -> int:
+    """How many different experts an event demands."""
+    if chosen.size > 256:
+        return len(np.unique(chosen))
+    return len(set(chosen.ravel().tolist()))
+
+
+def _spread(
+    events: Sequence[_Event], sizes: np.ndarray, value: Callable[[_Event], int], kind: Any
+) -> np.ndarray:
+    return np.repeat(np.array([value(event) for event in events], dtype=kind), sizes)
+
+
+def _labels(codes: np.ndarray, names: Sequence[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int8()), pa.array(names))
+
+
+def _lists(values: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1]
+    )
