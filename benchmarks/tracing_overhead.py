@@ -1,10 +1,10 @@
 """What tracing costs: decode time of the embedded model on the CPU with and without it, in one process.
 
 Prompt by prompt, an untraced and a traced decode of the same tokens follow each other (and take turns in going
-first); each pair gives a ratio, and the median over the pairs is judged. A traced decode pays for reading the routing
-back, step times, and turning rows into Arrow tables, once per prompt as a run does per batch. Parts are written every few
-seconds in a run, so one part of all pairs' rows is written, hashed and synced at the end, and its time is
-charged to every token alike. Wall time and CPU time of the process (all its threads) are both given: where others
+first); each pair gives a ratio, and the median over the pairs is judged. A traced decode pays for reading the
+routing back and for step times. Rows become Arrow tables thousands at a time and parts every few seconds, which a
+median over short decodes would hide: so this is done once for the rows of all pairs, hashes and fsync included,
+and its time is charged to every token alike. Wall time and CPU time of the process (all its threads) are both given: where others
 use the machine, the wall time of a pair says more of them than of the tracer. The ratio of the shortest decodes is
 shown beside the median, as what is left when nobody disturbs.
 """
@@ -91,21 +91,21 @@ class _Traced:
         self._steps = 0
 
     def decode(self, prompt: Prompt) -> Spent:
-        """One prompt, its rows turned into Arrow tables."""
+        """One prompt; its rows become Arrow tables when there are enough of them, as in a run."""
         recorder, watch = self._recorder, _Stopwatch(self._recorder)
         with installed(
             self._loaded.model, self._loaded.layers, lambda la: ResidentExperts(recorder, la)
         ):
             generate(self._loaded, prompt, self._tokens, watch, self._steps)
-            recorder.write()
             spent = watch.stop()
         self._steps += self._tokens
         return spent
 
     def flush(self) -> Spent:
-        """Write the part that holds everything."""
+        """Turn what is left into tables, and write the part that holds everything."""
         watch = _Stopwatch(self._recorder)
         watch.start()
+        self._recorder.write()
         self._writer.flush()
         return watch.stop()
 
@@ -164,7 +164,8 @@ def measure(
 ) -> dict[str, Any]:
     """Pairs of decodes, and the part at the end."""
     tokens, pairs = options.tokens, []
-    record._FLUSH_EVERY_S = float("inf")  # the part is written and charged below
+    # The part is written and charged below.
+    record._FLUSH_EVERY_S, record._ROWS_PER_TABLE = float("inf"), sys.maxsize
     with tempfile.TemporaryDirectory() as folder:
         tracer = _Traced(Path(folder), loaded, what, tokens)
         for number in range(options.pairs + 2):

@@ -46,6 +46,7 @@ shared experts, which every token passes, are no routed experts and count as oth
 """
 
 REMARKS = {
+    "aria": "image-text; refused by the oldest version supported, 5.17, where it does not use the registry",
     "dbrx": "adapter: weights restacked",
     "diffusion_gemma": "block diffusion; adapter: one module for both passes",
     "dots3_note": "text only; the vision tower's experts are not recorded",

@@ -262,6 +262,11 @@ def families() -> tuple[str, ...]:
     )
 
 
+def is_registered(family: str) -> bool:
+    """Whether this version of the library dispatches the family's experts through its registry."""
+    return any("use_experts_implementation" in source for source in _sources(MODELS / family))
+
+
 _EXPERTS = re.compile(
     r"use_experts_implementation|^class \w*(Expert|MoE\b|Moe\b|MoeMLP)", re.MULTILINE
 )
@@ -312,10 +317,18 @@ def _arguments(kind: type[PretrainedConfig]) -> dict[str, Any]:
         small["num_key_value_heads"] = small["num_attention_heads"]
     arguments = {key: value for key, value in small.items() if key in known}
     for key, sub in kind.sub_configs.items():
-        if key in known and inspect.isclass(sub) and hasattr(sub, "model_type"):
+        if sub is transformers.AutoConfig:
+            sub = _sub_config(kind, key)
+        if key in known and hasattr(sub, "model_type"):
             arguments[key] = {"model_type": sub.model_type, **_arguments(sub)}
     own = _OWN.get(name, {})
     return {**arguments, **own}
+
+
+def _sub_config(kind: type[PretrainedConfig], key: str) -> type[PretrainedConfig] | None:
+    """The family's own class for a part that may be of any family."""
+    family = kind.__module__.rpartition(".")[2].removeprefix("configuration_")
+    return next((one for one in _configs(family) if one.base_config_key == key), None)
 
 
 def model_class(family: str) -> type[Any]:

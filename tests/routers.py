@@ -41,13 +41,18 @@ _OTHER = re.compile("Forget|Residual|Vision")
 
 def routers(model: nn.Module) -> list[nn.Module]:
     """The routers of the text's MoE layers, in module order."""
-    found = [
-        (name, module)
+    return [
+        module
         for name, module in model.named_modules()
-        if re.search("(Router|Gate|TopKGating)$", type(module).__name__)
-        and not _OTHER.search(type(module).__name__)
+        if _is_router(name, type(module)) and "vision" not in name
     ]
-    return [module for name, module in found if "vision" not in name]
+
+
+def _is_router(name: str, kind: type[nn.Module]) -> bool:
+    if kind is nn.Linear:  # some versions have no more than that
+        return name.endswith(".router")
+    is_router = kind.__name__.endswith(("Router", "Gate", "TopKGating"))
+    return is_router and not _OTHER.search(kind.__name__)
 
 
 class Listener:

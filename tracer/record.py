@@ -77,6 +77,7 @@ class Recorder:
         self._info: StepInfo | None = None
         self.engine: CopyEngine | None = None
         self.transfers = 0
+        self._ended: list[pa.Table] = []
         self._flushed_s = self.timer.now()
         self._tap: GateTap | None = None
 
@@ -95,9 +96,13 @@ class Recorder:
     def end_step(self) -> float:
         """See generate.StepObserver."""
         seconds = self.timer.end()
-        if self._routing.rows >= _ROWS_PER_TABLE:
-            self.write()
+        self._write_if_due()
         return seconds
+
+    def end_batch(self, sequences: pa.Table) -> None:
+        """A batch has come to its end: keep the rows of its sequences."""
+        self._ended.append(sequences)
+        self._write_if_due()
 
     def record(
         self,
@@ -116,6 +121,8 @@ class Recorder:
     def lookahead(self, layer: int, hidden_states: torch.Tensor) -> dict[int, np.ndarray]:
         """What the next layers' gates pick from this layer's hidden state."""
         found: dict[int, np.ndarray] = {}
+        if not self.recording.lookahead:
+            return found
         layers = self.loaded.layers
         for depth in range(1, self.recording.lookahead + 1):
             later = layers[layer + depth] if layer + depth < len(layers) else None
@@ -146,12 +153,10 @@ class Recorder:
                 self._tap.close()
             self._tap = None
 
-    def write(self, ended: pa.Table | None = None) -> None:
-        """Hand everything collected to the writer, and make it durable every few seconds.
-
-        `ended` are rows for the sequences of a batch that has come to its end.
-        """
+    def write(self) -> None:
+        """Hand everything collected to the writer, and make it durable every few seconds."""
         steps = self.timer.rows.take()
+        ended, self._ended = self._ended, []
         if self._writer is None:
             self._routing.drop()
             return
@@ -163,11 +168,19 @@ class Recorder:
             self._writer.append("routing", routing)
         if steps:
             self._writer.append("steps", _labelled(pa.table(steps), STEPS))
-        if ended is not None:
-            self._writer.append("sequences", ended)
-        if self.timer.now() - self._flushed_s > _FLUSH_EVERY_S:
+        for sequences in ended:
+            self._writer.append("sequences", sequences)
+        if self._is_late():
             self._writer.flush()
             self._flushed_s = self.timer.now()
+
+    def _write_if_due(self) -> None:
+        # Turning rows into tables has a price of its own, whatever their number.
+        if self._routing.rows >= _ROWS_PER_TABLE or self._is_late():
+            self.write()
+
+    def _is_late(self) -> bool:
+        return self.timer.now() - self._flushed_s > _FLUSH_EVERY_S
 
     def _write_transfers(self, writer: TraceWriter) -> None:
         copies = self.engine.take_records() if self.engine else []
@@ -202,7 +215,6 @@ class ResidentExperts:
         self._layer = layer.index
         self._stock = stock_function(layer.module, recorder.loaded.implementation)
 
-    @torch.inference_mode()
     def __call__(
         self,
         module: nn.Module,
@@ -311,6 +323,7 @@ def record_run(
 ) -> list[Generated]:
     """Generate for all prompts, batch by batch, recording; `advance` hears of tokens done.
 
+    The last rows stay with the recorder until its `write`.
     A resumed run leaves the batches before `first_batch` out and counts its steps from `first_step`.
     """
     loaded = recorder.loaded
@@ -332,7 +345,7 @@ def record_run(
                     observer=recorder,
                 )
             step = recorder.step + 1
-            recorder.write(_sequences(number, batch, generated, texts, recorder.recording))
+            recorder.end_batch(_sequences(number, batch, generated, texts, recorder.recording))
             outputs += generated
             advance(sum(len(one.token_ids) for one in generated))
     finally:

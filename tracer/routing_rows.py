@@ -6,9 +6,10 @@ tracing does not slow decode down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,17 +24,14 @@ _PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One pass: what all its events share. Arrays are [tokens]."""
+    """One pass: what all its events share."""
 
     number: int
     phase: int
-    sequence: np.ndarray
-    position: np.ndarray
-    token_id: np.ndarray
+    tokens: StepTokens
 
 
-@dataclass(frozen=True, slots=True)
-class _Event:
+class _Event(NamedTuple):
     """One (step, layer): `experts` int32 [tokens, top_k], `weights` of the same shape, on the device."""
 
     step: _Step
@@ -61,13 +59,7 @@ class RoutingRows:
 
     def begin(self, info: StepInfo, tokens: StepTokens) -> None:
         """A pass is about to run."""
-        self._step = _Step(
-            info.step,
-            _PHASES.index(info.phase),
-            np.asarray(tokens.sequence, dtype=np.int32),
-            np.asarray(tokens.position, dtype=np.int32),
-            np.asarray(tokens.token_id, dtype=np.int32),
-        )
+        self._step = _Step(info.step, _PHASES.index(info.phase), tokens)
 
     def add(
         self,
@@ -83,10 +75,11 @@ class RoutingRows:
         """
         step = self._step
         assert step is not None
-        if chosen.shape != (len(step.sequence), self.top_k):
+        tokens = len(step.tokens.sequence)
+        if chosen.shape != (tokens, self.top_k):
             raise ResourceError(
                 f"MoE layer {layer} routed {len(chosen)} tokens to {chosen.shape[1]} experts each, where the pass has "
-                f"{len(step.sequence)} tokens and the model says {self.top_k}. This model cannot be traced."
+                f"{tokens} tokens and the model says {self.top_k}. This model cannot be traced."
             )
         kept = weights.detach() if self.has_weights else None
         self._events.append(_Event(step, layer, chosen.astype(np.int32), kept, lookahead, scores))
@@ -109,12 +102,14 @@ class RoutingRows:
         sizes = np.array([len(event.experts) for event in events])
         experts = np.concatenate([event.experts for event in events])
         self._require_experts(events, experts)
-        token_id = np.concatenate([event.step.token_id for event in events])
-        position = np.concatenate([event.step.position for event in events])
+        tokens, place = _tokens(events, sizes)
+        sequence = _joined(one.sequence for one in tokens)[place]
+        position = _joined(one.position for one in tokens)[place]
+        token_id = _joined(one.token_id for one in tokens)[place]
         columns: dict[str, Any] = {
             "step": _spread(events, sizes, lambda event: event.step.number, np.int32),
             "layer": _spread(events, sizes, lambda event: event.layer, np.int16),
-            "sequence": np.concatenate([event.step.sequence for event in events]),
+            "sequence": sequence,
             "position": position,
             "phase": _labels(
                 _spread(events, sizes, lambda event: event.step.phase, np.int8), _PHASES
@@ -124,11 +119,10 @@ class RoutingRows:
             "experts": _lists(experts.astype(np.uint16)),
         }
         if self.has_weights:
-            weights = torch.cat([e.weights for e in events if e.weights is not None])
-            half = weights.float().cpu().numpy().astype(np.float16)
-            columns["weights"] = _lists(half)
+            weights = torch.cat([event.weights for event in events if event.weights is not None])
+            columns["weights"] = _lists(weights.float().cpu().numpy().astype(np.float16))
         for depth in range(1, self.lookahead + 1):
-            columns[f"lookahead_{depth}"] = self._lookahead(events, depth)
+            columns[f"lookahead_{depth}"] = self._lookahead(events, sizes, depth)
         if self.scores:
             pairs = [event.scores for event in events if event.scores is not None]
             columns["score_ids"] = _lists(np.concatenate([ids for ids, _ in pairs]))
@@ -154,29 +148,46 @@ class RoutingRows:
         codes[position < 0] = 1
         return _labels(codes, labels)
 
-    def _lookahead(self, events: Sequence[_Event], depth: int) -> pa.Array:
-        """Predictions of one depth; null where a layer has none. Runs of events are converted together."""
-        kind = pa.list_(pa.uint16(), self.top_k)
-        pieces: list[pa.Array] = [pa.nulls(0, kind)]
-        found: list[np.ndarray] = []
-        for event in events:
-            if depth in event.lookahead:
-                found.append(event.lookahead[depth])
-                continue
-            if found:
-                pieces.append(_lists(np.concatenate(found)))
-                found = []
-            pieces.append(pa.nulls(len(event.experts), kind))
+    def _lookahead(
+        self, events: Sequence[_Event], sizes: np.ndarray, depth: int
+    ) -> pa.FixedSizeListArray:
+        """Predictions of one depth; null where a layer has none."""
+        has_one = np.repeat([depth in event.lookahead for event in events], sizes)
+        values = np.zeros((len(has_one), self.top_k), dtype=np.uint16)
+        found = [event.lookahead[depth] for event in events if depth in event.lookahead]
         if found:
-            pieces.append(_lists(np.concatenate(found)))
-        return pa.concat_arrays(pieces)
+            values[has_one] = np.concatenate(found)
+        return pa.FixedSizeListArray.from_arrays(
+            pa.array(values.reshape(-1)), self.top_k, mask=pa.array(~has_one)
+        )
 
 
 def distinct_count(chosen: np.ndarray) -> int:
     """How many different experts an event demands."""
+    if len(chosen) == 1:
+        return chosen.shape[1]  # a token chooses nobody twice
     if chosen.size > 256:
         return len(np.unique(chosen))
     return len(set(chosen.ravel().tolist()))
+
+
+def _tokens(events: Sequence[_Event], sizes: np.ndarray) -> tuple[list[StepTokens], np.ndarray]:
+    """Tokens of the events' passes, and for every row its place among them, pass behind pass."""
+    passes: list[_Step] = []
+    starts: list[int] = []
+    start = 0
+    for event in events:
+        if not passes or event.step is not passes[-1]:
+            start += len(passes[-1].tokens.sequence) if passes else 0
+            passes.append(event.step)
+        starts.append(start)
+    before = np.cumsum(sizes) - sizes
+    place = np.repeat(np.array(starts) - before, sizes) + np.arange(sizes.sum())
+    return [one.tokens for one in passes], place
+
+
+def _joined(columns: Iterable[Sequence[int]]) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(columns), dtype=np.int32)
 
 
 def _spread(

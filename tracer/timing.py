@@ -7,9 +7,9 @@ but the begin and end of a pass, where the generation loop waits for the token a
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,20 +37,52 @@ class StepInfo:
     context: int
 
 
+class _Row(NamedTuple):
+    """One row of the `steps` table before it is spelled out: cheap to make, as every event makes one."""
+
+    info: StepInfo
+    layer: int
+    distinct: int
+    waves: int
+    start_s: float
+    laps: dict[str, float]
+    schedule_s: float
+
+
+_NO_LAPS = dict.fromkeys(LAPS, 0.0)
+
+
 @dataclass(slots=True)
 class StepRows:
-    """Rows for the `steps` table; every row has the same keys."""
+    """Rows for the `steps` table. The total of a layer is the sum of its laps; of a pass it is given."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[tuple[_Row, float | None]] = field(default_factory=list)
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: _Row, total_s: float | None = None) -> None:
         """Append one row."""
-        self.rows.append(row)
+        self.rows.append((row, total_s))
 
     def take(self) -> dict[str, list[Any]]:
         """Hand over what was collected, column by column, and start empty."""
         taken, self.rows = self.rows, []
-        return {name: [row[name] for row in taken] for name in taken[0]} if taken else {}
+        if not taken:
+            return {}
+        rows = [row for row, _ in taken]
+        infos = [row.info for row in rows]
+        return {
+            "step": [info.step for info in infos],
+            "layer": [row.layer for row in rows],
+            "phase": [info.phase for info in infos],
+            "batch": [info.batch for info in infos],
+            "tokens": [info.tokens for info in infos],
+            "context": [info.context for info in infos],
+            "distinct": [row.distinct for row in rows],
+            "waves": [row.waves for row in rows],
+            "start_s": [row.start_s for row in rows],
+            **{name: [row.laps[name] for row in rows] for name in LAPS},
+            "schedule_s": [row.schedule_s for row in rows],
+            "total_s": [sum(r.laps.values()) if total is None else total for r, total in taken],
+        }
 
 
 class StepTimer:
@@ -63,7 +95,7 @@ class StepTimer:
 
     def __init__(self) -> None:
         self.rows = StepRows()
-        self.origin = time.perf_counter()
+        self.origin = perf_counter()
         self._info: StepInfo | None = None
         self._skipped = 0.0
         self._mark = 0.0
@@ -75,7 +107,7 @@ class StepTimer:
 
     def now(self) -> float:
         """Seconds on the run's clock."""
-        return time.perf_counter() - self.origin
+        return perf_counter() - self.origin
 
     def prepare(self) -> None:
         """From here to `begin`, the next pass is prepared."""
@@ -92,64 +124,40 @@ class StepTimer:
 
     def enter(self) -> None:
         """The model reached a layer's experts: what came before was its mixer."""
-        self._laps = dict.fromkeys(LAPS, 0.0)
+        self._laps = _NO_LAPS.copy()
         self._layer_start = self._mark
         self.lap("mixer_s")
 
     def lap(self, name: str) -> None:
         """Charge the time since the last mark to `name`."""
-        now = self.now()
+        now = perf_counter() - self.origin
         self._laps[name] += now - self._mark
         self._mark = now
 
     def skip(self) -> None:
         """Drop the time since the last mark from every account."""
-        now = self.now()
+        now = perf_counter() - self.origin
         self._skipped += now - self._mark
         self._mark = now
 
     def leave(self, layer: int, *, distinct: int, waves: int) -> None:
         """The layer is done: write its row."""
-        self._write(layer, self._layer_start, distinct, waves, self._laps, self._lap_sum())
+        self._write(layer, self._layer_start, distinct, waves, self._laps)
 
     def end(self) -> float:
         """The pass is done: write its row. Returns its seconds."""
         total = self.now() - self._step_start - self._skipped + self._schedule_s
         began = self._step_start - self._schedule_s
-        self._write(WHOLE_STEP, began, 0, 0, dict.fromkeys(LAPS, 0.0), total, self._schedule_s)
+        assert self._info is not None
+        row = _Row(self._info, WHOLE_STEP, 0, 0, began, _NO_LAPS, self._schedule_s)
+        self.rows.add(row, total)
         return total
 
-    def _lap_sum(self) -> float:
-        return sum(self._laps.values())
-
     def _write(
-        self,
-        layer: int,
-        start_s: float,
-        distinct: int,
-        waves: int,
-        laps: dict[str, float],
-        total_s: float,
-        schedule_s: float = 0.0,
+        self, layer: int, start_s: float, distinct: int, waves: int, laps: dict[str, float]
     ) -> None:
-        info = self._info
-        assert info is not None
-        self.rows.add(
-            {
-                "step": info.step,
-                "layer": layer,
-                "phase": info.phase,
-                "batch": info.batch,
-                "tokens": info.tokens,
-                "context": info.context,
-                "distinct": distinct,
-                "waves": waves,
-                "start_s": start_s,
-                **laps,
-                "schedule_s": schedule_s,
-                "total_s": total_s,
-            }
-        )
+        assert self._info is not None
+        self.rows.add(_Row(self._info, layer, distinct, waves, start_s, laps, 0.0))
 
 
 class CudaStepTimer(StepTimer):
@@ -200,7 +208,7 @@ class CudaStepTimer(StepTimer):
                 ended = host_s if event is None else self._device_s(event)
                 laps[name] += max(0.0, ended - cursor)
                 cursor = max(cursor, ended)
-            self._write(layer, began, distinct, waves, laps, cursor - began)
+            self._write(layer, began, distinct, waves, laps)
         return super().end()
 
     def _device_s(self, event: Any) -> float:

@@ -154,7 +154,9 @@ def transitions(
             "%{z:.1f} % of what follows<extra></extra>",
         )
     )
-    theme.finish(fig, transitions_finding(layer, foresight), height=SQUARE, is_narrow=True)
+    theme.finish(
+        fig, transitions_finding(layer, foresight), height=SQUARE, is_narrow=True, legend_rows=0
+    )
     _label_experts(fig, f"expert of layer {layer + 1}", f"expert of layer {layer}")
     return fig
 
@@ -176,7 +178,9 @@ def company(counts: np.ndarray, layer: int, *, similar: bool = False) -> go.Figu
     order, _ = _orders(lift(counts) if similar else counts, similar=similar)
     small, names = binned(counts[np.ix_(order, order)], 0)
     small, _ = binned(small, 1)
-    values = np.log2(np.where(lift(small) > 0, lift(small), np.nan))
+    times = lift(small)
+    # Never together counts as the darkest blue; blank is what cannot be told.
+    values = np.log2(np.maximum(times, 2.0**-3))
     reach = float(np.nanmax(np.abs(values), initial=1.0))
     fig = go.Figure(
         _matrix(
@@ -187,7 +191,7 @@ def company(counts: np.ndarray, layer: int, *, similar: bool = False) -> go.Figu
             colorscale=theme.DIVERGING_SCALE,
             zmin=-min(reach, 3),
             zmax=min(reach, 3),
-            customdata=2**values,
+            customdata=times,
             hover=f"layer {layer}: experts %{{y}} and %{{x}}<br>together %{{customdata:.2f}} times as "
             "often as by chance<extra></extra>",
         )
@@ -196,7 +200,7 @@ def company(counts: np.ndarray, layer: int, *, similar: bool = False) -> go.Figu
     fig.update_traces(
         colorbar={"tickvals": ticks, "ticktext": [f"{2.0**n:g}×" for n in ticks]},
     )
-    theme.finish(fig, company_finding(counts, layer), height=SQUARE, is_narrow=True)
+    theme.finish(fig, company_finding(counts, layer), height=SQUARE, is_narrow=True, legend_rows=0)
     _label_experts(fig, "expert", "expert")
     return fig
 
@@ -232,7 +236,12 @@ def drift(counts: np.ndarray, layer: int) -> go.Figure:
             "recording<extra></extra>",
         )
     )
-    theme.finish(fig, drift_finding(counts, layer), height=int(np.clip(12 * len(names), 280, 620)))
+    theme.finish(
+        fig,
+        drift_finding(counts, layer),
+        height=int(np.clip(12 * len(names), 280, 620)),
+        legend_rows=0,
+    )
     fig.update_xaxes(title_text="place in the recording", ticksuffix=" %", showgrid=False)
     fig.update_xaxes(type="linear", zeroline=False)
     fig.update_yaxes(title_text="expert", autorange="reversed", showgrid=False)
@@ -280,7 +289,7 @@ def domains(counts: Mapping[str, np.ndarray], within: float | None) -> go.Figure
         )
     )
     fig.update_traces(texttemplate="%{z:.2f}", textfont={"size": 13})
-    theme.finish(fig, domains_finding(counts, within), height=60 + 46 * len(names))
+    theme.finish(fig, domains_finding(counts, within), height=60 + 46 * len(names), legend_rows=0)
     fig.update_xaxes(
         title_text="total variation, mean over layers", showgrid=False, type="category"
     )

@@ -58,7 +58,10 @@ def heatmap(counts: np.ndarray, phase: str, order: Order = "number") -> go.Figur
         )
     )
     theme.finish(
-        fig, heatmap_finding(counts, phase), height=int(np.clip(26 * num_layers, 150, 640))
+        fig,
+        heatmap_finding(counts, phase),
+        height=int(np.clip(26 * num_layers, 150, 640)),
+        legend_rows=0,
     )
     x_title = "expert" if order == "number" else "experts of each layer, busiest first (rank)"
     fig.update_xaxes(title_text=x_title, showgrid=False, zeroline=False)

@@ -12,8 +12,10 @@ from ...simulator.account import RunRecord
 from ...simulator.policy.spec import PolicySpec, check_shape
 from ...simulator.timeline import run_timeline
 from ...tracer.errors import ExpertFlowError
+from ...tracer.export.perfetto import trace_timeline
 from ...tracer.export.timeline import event_lines
 from ...tracer.schema import Manifest
+from ...tracer.store import Trace
 from .. import log_words, parts, predictions, words
 from .. import timeline as lines
 from ..data import Catalog, Found, Problem, Subject
@@ -134,10 +136,7 @@ def _recorded(trace: Found[Manifest]) -> None:
         parts.problems([found])
         return
     _draw(found, first, last)
-    st.caption(
-        "The whole recorded run for ui.perfetto.dev: "
-        f"`expertflow-trace export {parts.shell_path(trace.path)} --help` names the formats."
-    )
+    _save_recorded(trace, first, last)
     _explain_copies(found, first, last)
 
 
@@ -182,6 +181,7 @@ def _draw(found: lines.Timeline, first: int, last: int) -> None:
         + ". ".join(figures.lanes_finding(found, first, last)),
         select=("points",),
     )
+    st.caption("A layer that ran in several waves is drawn as one wait and one computation.")
 
 
 def _picked(first: int, last: int) -> int:
@@ -268,6 +268,26 @@ def _save_simulated(record: RunRecord, label: str) -> None:
         on_click="ignore",
         icon=":material/download:",
         type="tertiary",
+    )
+
+
+def _save_recorded(trace: Found[Manifest], first: int, last: int) -> None:
+    st.download_button(
+        "These passes for ui.perfetto.dev (JSON)",
+        lambda: "\n".join(
+            event_lines(trace_timeline(Trace.open(trace.path), range(first, last + 1)))
+        ),
+        file_name=f"recorded-{first}-{last}.json",
+        mime="application/json",
+        key="perfetto-recorded",
+        on_click="ignore",
+        icon=":material/download:",
+        type="tertiary",
+    )
+    st.caption("All passes:")
+    st.code(
+        f"expertflow-trace export {parts.shell_path(trace.path)} --to perfetto --out run.json.gz",
+        language="bash",
     )
 
 

@@ -290,13 +290,14 @@ def test_least_stale_takes_the_older_of_two_layers_behind():
 # --- two-level LRU -----------------------------------------------------------------------------
 
 
-def test_two_level_lru_evicts_an_unused_prefetch_before_the_recently_demanded():
+def test_two_level_lru_evicts_what_was_prefetched_in_vain_before_the_recently_demanded():
     for cache, gone in (("two_level_lru", (1, 1)), ("lru", (0, 0))):
-        core = core_of(cache, 2)
+        core = core_of(cache, 3)
         event(core, [0])
         prefetch(core, 1, 1)
+        event(core, [2], layer=1)
 
-        assert event(core, [2]) == [gone]
+        assert event(core, [3]) == [gone]
 
 
 def test_two_level_lru_keeps_a_prefetch_that_was_used():
@@ -310,11 +311,11 @@ def test_two_level_lru_keeps_a_prefetch_that_was_used():
 
 def test_two_level_lru_evicts_what_left_the_window_before_a_younger_prefetch():
     for window, gone in ((3, (0, 0)), (4, (1, 1))):
-        core = core_of("two_level_lru", 3, window=window)
+        core = core_of("two_level_lru", 4, window=window)
         event(core, [0])
         event(core, [2])
         prefetch(core, 1, 1)
-        event(core, [2])
+        event(core, [5], layer=1)
 
         assert event(core, [3]) == [gone]
 

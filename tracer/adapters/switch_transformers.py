@@ -19,16 +19,18 @@ class _Routed:
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Output of the block: [batch, tokens, hidden]."""
-        mask, probabilities, logits = self.router(hidden_states)
+        states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        # What the router answers, and in which order, differs between versions of the library.
+        answer = self.router(hidden_states)
+        [mask] = (part for part in answer if not part.is_floating_point())
+        mask = mask.reshape(-1, self.router.num_experts)
+        weights = next(part for part in answer if part.is_floating_point() and part.shape[-1] == 1)
         is_kept = mask.any(dim=-1, keepdim=True)
-        chosen = torch.where(
-            is_kept, mask.argmax(dim=-1, keepdim=True), logits.argmax(dim=-1, keepdim=True)
-        )
-        output = self.experts(
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
-            chosen.reshape(-1, 1),
-            (probabilities * is_kept).reshape(-1, 1),
-        )
+        chosen = mask.argmax(dim=-1, keepdim=True)
+        if not is_kept.all():
+            logits = self.router.classifier(states.to(self.router.dtype))
+            chosen = torch.where(is_kept, chosen, logits.argmax(dim=-1, keepdim=True))
+        output = self.experts(states, chosen, weights.reshape(-1, 1) * is_kept)
         return output.reshape(hidden_states.shape)
 
 
