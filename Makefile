@@ -23,7 +23,7 @@ demo-results: setup
 	$(BIN)/python scripts/demo.py --out traces/demo --link $(LINK)
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: setup
 	$(BIN)/ruff check .

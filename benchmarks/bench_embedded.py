@@ -102,6 +102,9 @@ class Pair:
     measured: Result
 
 
+_NO_MEMORY = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
+
+
 class Trials:
     """One machine and one batch size: policies are predicted from a calibration of this process, then run in turns.
 
@@ -119,6 +122,7 @@ class Trials:
         batch_size: int,
         new_tokens: int,
         text: Sequence[Generated],
+        measures_memory: bool = True,
     ) -> None:
         self._machine, self._workload, self._prompts = machine, workload, prompts
         self._size, self._new_tokens = batch_size, new_tokens
@@ -127,6 +131,7 @@ class Trials:
         )
         self._text = text
         self._memory: dict[str, MemoryResult] = {}
+        self._measures_memory = measures_memory
         self.noise: list[float] = []
 
     def forecaster(self) -> Forecaster:
@@ -149,15 +154,17 @@ class Trials:
 
     def round(self, ready: Forecaster, specs: Sequence[PolicySpec]) -> list[Pair]:
         """Predict all, run all. Raises SystemExit if a text differs or a log does not replay."""
-        predicted = [ready.predict(spec) for spec in specs]
+        predicted = [ready.predict(spec, with_bounds=False) for spec in specs]
         pairs = [Pair(found, self.run(spec)) for spec, found in zip(specs, predicted, strict=True)]
         again = self.run(specs[0])
         self.noise.append(abs(again.tokens_per_s / pairs[0].measured.tokens_per_s - 1.0))
         return pairs
 
     def run(self, spec: PolicySpec) -> Result:
-        """One measured run; its peak memory is measured the first time."""
+        """One measured run; its peak memory, if that is wanted, is measured the first time."""
         key = spec.behaviour_hash()
+        if not self._measures_memory:
+            self._memory[key] = _NO_MEMORY
         if key not in self._memory:
             self._memory[key] = self._machine.peak_memory(spec, self._prompts, self._size)
         record, outputs = self._machine.run(

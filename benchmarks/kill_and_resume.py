@@ -58,12 +58,16 @@ def command(out: Path, options: argparse.Namespace, *more: str) -> list[str]:
     return [sys.executable, "-c", CODE, *words]
 
 
+def environment() -> dict[str, str]:
+    """What lets another process find the packages in a checkout."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 def start(words: list[str]) -> subprocess.Popen[bytes]:
     """Begin a run in a process of its own."""
-    paths = os.pathsep.join(sys.path)
     return subprocess.Popen(
         words,
-        env={**os.environ, "PYTHONPATH": paths},
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -98,7 +102,11 @@ def trial(out: Path, wait_s: float, expected: Trace, options: argparse.Namespace
     process.wait()
     left, steps_on_disk = what_is_left(out)
     resumed = subprocess.run(
-        command(out, options, "--resume"), check=False, capture_output=True, text=True
+        command(out, options, "--resume"),
+        env=environment(),
+        check=False,
+        capture_output=True,
+        text=True,
     )
     if resumed.returncode:
         raise SystemExit(f"resuming ended with code {resumed.returncode}: {resumed.stderr}")

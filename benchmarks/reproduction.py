@@ -42,7 +42,7 @@ from expertflow.tracer.types import ModelShape
 SCRIPT = "reproduction.py"
 PAGE = ROOT / "docs" / "reproduction.md"
 LINK = "1GB/s+20us"
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 GPU, BUS = "a40", "pcie4x16"
 GUESSES = {"2k": (0.9, 0.45), "k": (0.85, 0.85)}
 """Recall and precision of the synthetic predictor. 2k: the paper's recall in-domain; with twice k named nearly half is
@@ -121,7 +121,7 @@ class Size:
     sequences: int
 
 
-FULL = Size(None, 25, {4: 16, 16: 32}, 3, 32)
+FULL = Size(None, 25, {4: 8, 16: 16}, 2, 32)
 QUICK = Size(40, 2, {4: 8}, 1, 4)
 
 
@@ -361,8 +361,8 @@ def shapes(report: Report, folder: Path, size: Size) -> None:
         Table(
             f"Shapes of the paper's models, simulated; nothing here was measured. Declared {GPU} and {BUS}; "
             f"computation bound by the device's memory, or {EAGER_LAYER_S * 1e3:.1f} ms more in every layer (an eager "
-            f"framework's, declared). Synthetic routing: a token keeps an expert of the one before it with chance {STICKINESS:g}. "
-            f"Synthetic predictors ({guesses}). How much faster PLEC with slots re-divided is",
+            f"framework's, declared). Synthetic routing: a token keeps an expert of the one before it with chance "
+            f"{STICKINESS:g}. Synthetic predictors ({guesses}). How much faster PLEC with slots re-divided is",
             (
                 "model", "slots per layer, batch", "paper", "computation", "over (a), 2k / k", "over (b), 2k / k",
                 "over (c), 2k / k", "hits and late: PLEC 2k", "hits: LRU",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,19 +86,22 @@ class Calibration:
         return replace(costs, kv_move=measure_kv_move(shape, machine.device))
 
     def measure_paths(self, costs: CostModel) -> PathCosts | None:
-        """What the machine's path predictor costs beside the model, from a run of its own; None if it has none."""
+        """What the machine's path predictor costs beside the model, from two runs; None if it has none."""
         if self._machine.paths is None:
             return None
         model, shape = self._machine.paths, self._machine.loaded.shape
-        spec = make_spec(slots=max(1, round(0.44 * shape.total_experts)), predictor="path")
-        found = path_costs(self._run(spec), costs, num_bytes=predictor_bytes(model))
+        slots = max(1, round(0.44 * shape.total_experts))
+        without, asking = (
+            self._run(make_spec(slots=slots, predictor=name)) for name in ("none", "path")
+        )
         latency = measure_latency(
             model,
             device_name(self._machine.device),
             prompt_tokens=round(np.mean([len(prompt.token_ids) for prompt in self._prompts])),
             most=2 * shape.top_k,
         )
-        return replace(found, latency=latency)
+        pass_s = path_seconds(asking, without, costs)
+        return PathCosts(pass_s=pass_s, latency=latency, num_bytes=predictor_bytes(model))
 
     def _run(self, spec: PolicySpec) -> RunRecord:
         nothing = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
@@ -112,26 +115,50 @@ class Calibration:
         return record
 
 
-def path_costs(record: RunRecord, costs: CostModel, *, num_bytes: int) -> PathCosts:
-    """Seconds per layer event that a run waited for its path predictor and asked for its paths.
+def path_seconds(asking: RunRecord, without: RunRecord, costs: CostModel) -> dict[str, float]:
+    """Seconds that a path predictor adds to a pass by phase, from runs with and without it.
 
-    What asking for prefetches costs is taken off: `costs` charges it by the load.
+    What is waited for it at the first layer, or, if that is more, by how much longer the median pass computes: it takes
+    cores from the model. What asking for prefetches and their copies cost is taken off: `costs` has it by the load.
     """
-    _, prefetches = loads_by_event(record.log)
+    _, prefetches = loads_by_event(asking.log)
+    found: dict[str, float] = {}
+    for phase in ("prefill", "decode"):
+        asked = dict.fromkeys(_busy_seconds(asking, phase), 0)
+        for (step, _), count in prefetches.items():
+            if step in asked:
+                asked[step] += count
+        loads = float(np.mean(list(asked.values()) or [0.0]))
+        fitted = costs.phase(phase)
+        waiting = fitted.lookahead.weights[2] * loads
+        beside = waiting + (fitted.mixer.weights[4] + fitted.experts.weights[4]) * loads
+        waited = _lookahead_seconds(asking, phase) - waiting
+        longer = _median(_busy_seconds(asking, phase)) - _median(_busy_seconds(without, phase))
+        found[phase] = max(0.0, waited, longer - beside)
+    return found
+
+
+def _busy_seconds(record: RunRecord, phase: str) -> dict[int, float]:
+    """Seconds of each pass of a phase in which nobody waited for an expert."""
     columns = record.steps
-    rows = zip(
-        columns["step"], columns["layer"], columns["phase"], columns["lookahead_s"], strict=True
-    )
-    seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
-    for step, layer, phase, lookahead_s in rows:
-        if layer != WHOLE_STEP:
-            per_load = costs.phase(phase).lookahead.weights[2]
-            seconds[phase].append(lookahead_s - per_load * prefetches[(step, layer)])
-    return PathCosts(
-        event_s={
-            phase: max(0.0, float(np.mean(found or [0.0]))) for phase, found in seconds.items()
-        }
-    )
+    names = ("step", "layer", "phase", "total_s", "stall_s")
+    busy: dict[int, float] = {}
+    for step, layer, of, total_s, stall_s in zip(*(columns[n] for n in names), strict=True):
+        if of == phase:
+            busy[step] = busy.get(step, 0.0) + (total_s if layer == WHOLE_STEP else -stall_s)
+    return busy
+
+
+def _lookahead_seconds(record: RunRecord, phase: str) -> float:
+    """Mean seconds of a pass that went into predictions."""
+    columns = record.steps
+    rows = zip(columns["phase"], columns["layer"], columns["lookahead_s"], strict=True)
+    seconds = sum(s for of, layer, s in rows if of == phase and layer != WHOLE_STEP)
+    return seconds / max(1, len(_busy_seconds(record, phase)))
+
+
+def _median(seconds: Mapping[int, float]) -> float:
+    return float(np.median(list(seconds.values()))) if seconds else 0.0
 
 
 def calibration_specs(shape: ModelShape) -> list[PolicySpec]:

@@ -65,6 +65,8 @@ class PhaseCosts:
     decision: Linear
     readback_s: float
     lookahead: Linear
+    pass_lookahead_s: float = 0.0
+    """What predicting adds to the first layer of a pass: predictors that are asked once for all layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,9 +128,13 @@ class CostModel:
         """The policy's and the copy queue's own time for one event."""
         return self.phase(phase).decision(1, distinct, loads)
 
-    def lookahead_s(self, phase: Phase, tokens: int, loads: int) -> float:
-        """Computing predictions and asking for `loads` prefetches."""
-        return self.phase(phase).lookahead(1, tokens, loads)
+    def lookahead_s(
+        self, phase: Phase, tokens: int, loads: int, *, is_first: bool = False
+    ) -> float:
+        """Computing predictions and asking for `loads` prefetches; `is_first` of a pass."""
+        costs = self.phase(phase)
+        seconds = costs.lookahead(1, tokens, loads)
+        return seconds + costs.pass_lookahead_s if is_first else seconds
 
     @property
     def chunks(self) -> int:

@@ -225,15 +225,21 @@ class Simulation:
         self._walked.append(step)
         before = {"schedule_s": 0.0}
         yield from self._compute(before, "schedule_s", step.overhead_s)
-        for number in workload.events_of(place):
+        events = workload.events_of(place)
+        for number in events:
             event = workload.event(number, is_prefill=step.phase == "prefill")
-            yield from self._event(workload, number, step, event)
+            yield from self._event(workload, number, step, event, number == events.start)
         head_s = self._costs.head_s(step.phase, step.batch, step.tokens)
         yield from self._compute(dict.fromkeys(LAPS, 0.0), "experts_s", head_s)
         self._write(step, WHOLE_STEP, start, dict.fromkeys(LAPS, 0.0) | before, 0, 0)
 
     def _event(
-        self, workload: Workload, number: int, step: StepDemand, event: EventDemand
+        self,
+        workload: Workload,
+        number: int,
+        step: StepDemand,
+        event: EventDemand,
+        is_first: bool,
     ) -> Generator[simpy.Event, Any, None]:
         costs, phase, start = self._costs, step.phase, self._env.now
         laps = dict.fromkeys((*LAPS, "schedule_s"), 0.0)
@@ -255,7 +261,9 @@ class Simulation:
                 asked = self._core.predict(step.step, event.layer, signals)
                 traffic = Traffic(loads, len(asked))
                 if self._spec.predicts:
-                    lookahead_s = costs.lookahead_s(phase, step.tokens, len(asked))
+                    lookahead_s = costs.lookahead_s(
+                        phase, step.tokens, len(asked), is_first=is_first
+                    )
                     yield from self._compute(laps, "lookahead_s", lookahead_s)
                 for copy in self._link.submit(step.step, asked):
                     self._flying[copy.key] = copy

@@ -19,7 +19,7 @@ from ..tracer.quantities import format_seconds
 from ..tracer.records import from_json, read_json
 from ..tracer.store import NO_EXPERT
 from ..tracer.types import ModelShape, Phase, Provenance
-from .costs import CostModel, Linear
+from .costs import CostModel, Linear, PhaseCosts
 from .policy.spec import check_shape
 from .split import batch_numbers
 
@@ -165,18 +165,19 @@ def read_paths(path: Path, shape: ModelShape) -> PathTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathCosts:
-    """What a predictor adds to a machine's costs: seconds per layer event by phase, and bytes of its weights.
+    """What a predictor adds to a machine's costs: seconds per pass by phase, and bytes of its weights.
 
-    `latency` is what was measured of it, for those who ask it apart from the passes (regroup.py).
+    The first layer of a pass waits for it, as it names the experts of all layers at once. `latency` is what was
+    measured of it, for those who ask it apart from the passes (regroup.py).
     """
 
-    event_s: Mapping[str, float] = field(default_factory=dict)
+    pass_s: Mapping[str, float] = field(default_factory=dict)
     num_bytes: int = 0
     latency: PathLatency | None = None
 
     def of_prompts(self) -> PathCosts:
         """The same with nothing for decode steps."""
-        return replace(self, event_s={**self.event_s, "decode": 0.0})
+        return replace(self, pass_s={**self.pass_s, "decode": 0.0})
 
     def charged(self, costs: CostModel, member_s: float = 0.0) -> CostModel:
         """Charge it, and the policy member's own `member_s`, in place of gates applied early.
@@ -184,21 +185,18 @@ class PathCosts:
         Asking for prefetches costs what it did.
         """
 
-        def of(phase: Phase) -> Linear:
-            per_load = costs.phase(phase).lookahead.weights[2]
-            return Linear((self.event_s[phase] + member_s, 0.0, per_load))
+        def of(phase: Phase) -> PhaseCosts:
+            found = costs.phase(phase)
+            asking = Linear((member_s, 0.0, found.lookahead.weights[2]))
+            return replace(found, lookahead=asking, pass_lookahead_s=self.pass_s[phase])
 
-        return replace(
-            costs,
-            prefill=replace(costs.prefill, lookahead=of("prefill")),
-            decode=replace(costs.decode, lookahead=of("decode")),
-        )
+        return replace(costs, prefill=of("prefill"), decode=of("decode"))
 
 
 def judged_on_paths(ready: Forecaster, folder: Path) -> Forecaster:
     """The same predictions on batches of held-out prompts only, with what the predictor in `folder` says of them.
 
-    Its measured time is charged in equal parts to the events of a pass, as if nothing ran beside it. Raises UsageError
+    Its measured time is charged to the first layer of a pass, as if nothing ran beside it. Raises UsageError
     if no batch consists of held-out prompts only, InputError for a damaged folder.
     """
     card = read_card(folder)
@@ -226,22 +224,20 @@ def judged_on_paths(ready: Forecaster, folder: Path) -> Forecaster:
             f"`expertflow-trace train-predictor TRACE --predict-with {folder}`."
         )
     chosen = workload.select(np.flatnonzero(is_held_out))
-    layers = workload.num_layers
-    event_s = {
-        phase: card.latency.seconds(phase, workload.batch_size) / layers
-        for phase in ("prefill", "decode")
+    pass_s = {
+        phase: card.latency.seconds(phase, workload.batch_size) for phase in ("prefill", "decode")
     }
     judged = len(np.unique(chosen.steps.members))
     note = (
         f"Judged on {judged} of {total} prompts, which the path predictor has not seen; its own time "
-        f"({format_seconds(event_s['decode'] * layers)} per decode step on {card.latency.device}) is charged to "
+        f"({format_seconds(pass_s['decode'])} per decode step on {card.latency.device}) is charged to "
         "policies that ask it."
     )
     return replace(
         ready,
         workload=chosen.with_paths(table),
         path_costs=PathCosts(
-            event_s=event_s,
+            pass_s=pass_s,
             latency=card.latency,
             num_bytes=_FLOAT_BYTES * int(card.training.get("parameters", 0)),
         ),

@@ -282,7 +282,8 @@ def gate_choice(gate: nn.Module, hidden_states: torch.Tensor, top_k: int) -> tor
     """
     is_batched = type(gate).__name__ in _BATCHED_GATES
     states = hidden_states[None] if is_batched else hidden_states
-    output = gate(states, **getattr(gate, _ARGUMENTS, {}))
+    # Not getattr: a module looks for what it lacks in many places, and this is asked for every event.
+    output = gate(states, **gate.__dict__.get(_ARGUMENTS, {}))
     parts = output if isinstance(output, tuple) else (output,)
     for part in parts:
         if not part.is_floating_point():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Recorder:
         self.recording = recording
         self.timer = timer or step_timer(device)
         self._writer = writer
-        self._routing = RoutingRows(
+        self.routing = RoutingRows(
             num_experts=loaded.shape.num_experts,
             top_k=loaded.shape.top_k,
             lookahead=recording.lookahead,
@@ -78,6 +79,9 @@ class Recorder:
         self.engine: CopyEngine | None = None
         self.transfers = 0
         self._ended: list[pa.Table] = []
+        self._later_gates = [
+            _later_gates(loaded.layers, layer, recording.lookahead) for layer in loaded.layers
+        ]
         self._flushed_s = self.timer.now()
         self._tap: GateTap | None = None
 
@@ -90,7 +94,7 @@ class Recorder:
     def begin_step(self, info: StepInfo, tokens: StepTokens) -> None:
         """See generate.StepObserver."""
         self._info = info
-        self._routing.begin(info, tokens)
+        self.routing.begin(info, tokens)
         self.timer.begin(info)
 
     def end_step(self) -> float:
@@ -107,39 +111,34 @@ class Recorder:
     def record(
         self,
         layer: int,
-        chosen: np.ndarray,
+        chosen: torch.Tensor,
         weights: torch.Tensor,
-        lookahead: dict[int, np.ndarray],
+        lookahead: dict[int, torch.Tensor],
         scores: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        """Keep one event's routing: arrays are [tokens, top_k], those of `scores` (ids, scores) [tokens, m].
+        """Keep one event's routing: tensors are [tokens, top_k], arrays of `scores` (ids, scores) [tokens, m].
 
         Raises ResourceError for routing that a trace of this model could not say.
         """
-        self._routing.add(layer, chosen, weights, lookahead, scores)
+        self.routing.add(layer, chosen, weights, lookahead, scores)
 
-    def lookahead(self, layer: int, hidden_states: torch.Tensor) -> dict[int, np.ndarray]:
-        """What the next layers' gates pick from this layer's hidden state."""
-        found: dict[int, np.ndarray] = {}
-        if not self.recording.lookahead:
-            return found
-        layers = self.loaded.layers
-        for depth in range(1, self.recording.lookahead + 1):
-            later = layers[layer + depth] if layer + depth < len(layers) else None
-            gate = later.gate if later and later.tower == layers[layer].tower else None
-            if gate is not None and hidden_states.shape[-1] == layers[layer + depth].input_size:
-                ids = gate_choice(gate, hidden_states, self.loaded.shape.top_k)
-                found[depth] = ids.cpu().numpy().astype(np.uint16)
-        return found
+    def lookahead(self, layer: int, hidden_states: torch.Tensor) -> dict[int, torch.Tensor]:
+        """What the next layers' gates pick from this layer's hidden state, on the host."""
+        size, top_k = hidden_states.shape[-1], self.loaded.shape.top_k
+        return {
+            depth: gate_choice(gate, hidden_states, top_k).cpu()
+            for depth, gate, input_size in self._later_gates[layer]
+            if size == input_size
+        }
 
     def scores(
-        self, layer: int, top_k_index: torch.Tensor, chosen: np.ndarray, weights: torch.Tensor
+        self, layer: int, top_k_index: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """The likeliest experts of each token and the gate's scores of them, if they are recorded."""
         if self._tap is None:
             return None
         found = self._tap.scores(layer, top_k_index, weights, self.loaded.shape.num_experts)
-        ids = ranked(found, chosen, self.recording.scores)
+        ids = ranked(found, chosen.numpy(), self.recording.scores)
         return ids.astype(np.uint16), np.take_along_axis(found, ids, 1).astype(np.float16)
 
     @contextmanager
@@ -158,12 +157,12 @@ class Recorder:
         steps = self.timer.rows.take()
         ended, self._ended = self._ended, []
         if self._writer is None:
-            self._routing.drop()
+            self.routing.drop()
             return
         # In this order: appending may flush, a step is whole once its row here is on disk, and a batch
         # has ended once its sequences are.
         self._write_transfers(self._writer)
-        routing = self._routing.take()
+        routing = self.routing.take()
         if routing is not None:
             self._writer.append("routing", routing)
         if steps:
@@ -176,7 +175,7 @@ class Recorder:
 
     def _write_if_due(self) -> None:
         # Turning rows into tables has a price of its own, whatever their number.
-        if self._routing.rows >= _ROWS_PER_TABLE or self._is_late():
+        if self.routing.rows >= _ROWS_PER_TABLE or self._is_late():
             self.write()
 
     def _is_late(self) -> bool:
@@ -214,6 +213,10 @@ class ResidentExperts:
         self._recorder = recorder
         self._layer = layer.index
         self._stock = stock_function(layer.module, recorder.loaded.implementation)
+        self._top_k = recorder.loaded.shape.top_k
+        self._looks_ahead = recorder.recording.lookahead > 0
+        # Where the host computes, its clock says it all, and one call per event is enough.
+        self._is_on_host = type(recorder.timer) is StepTimer and not recorder.recording.scores
 
     def __call__(
         self,
@@ -223,6 +226,28 @@ class ResidentExperts:
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         """See tracer.hooks.ExpertsHandler."""
+        if not self._is_on_host:
+            return self._in_laps(module, hidden_states, top_k_index, top_k_weights)
+        recorder = self._recorder
+        entered = foreseen = perf_counter()
+        lookahead: dict[int, torch.Tensor] = {}
+        if self._looks_ahead:
+            lookahead = recorder.lookahead(self._layer, hidden_states)
+            foreseen = perf_counter()
+        recorder.routing.add(self._layer, top_k_index, top_k_weights, lookahead)
+        distinct = self._top_k if recorder.routing.tokens == 1 else distinct_count(top_k_index)
+        kept = perf_counter()
+        output = self._stock(module, hidden_states, top_k_index, top_k_weights)
+        recorder.timer.event(self._layer, distinct, entered, foreseen, kept, perf_counter())
+        return output
+
+    def _in_laps(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
         timer = self._recorder.timer
         chosen = _observe(self._recorder, self._layer, hidden_states, top_k_index, top_k_weights)
         output = self._stock(module, hidden_states, top_k_index, top_k_weights)
@@ -259,7 +284,8 @@ class StreamedExperts:
     ) -> torch.Tensor:
         """See tracer.hooks.ExpertsHandler."""
         timer = self._recorder.timer
-        chosen = _observe(self._recorder, self._layer, hidden_states, top_k_index, top_k_weights)
+        observed = _observe(self._recorder, self._layer, hidden_states, top_k_index, top_k_weights)
+        chosen = observed.numpy()
         distinct = np.unique(chosen).tolist()
         size = self._arena.slots
         waves = [distinct[start : start + size] for start in range(0, len(distinct), size)]
@@ -289,20 +315,34 @@ class StreamedExperts:
         recorder.timer.lap("stall_s")
 
 
+def _later_gates(
+    layers: Sequence[ExpertLayer], layer: ExpertLayer, depths: int
+) -> list[tuple[int, nn.Module, int]]:
+    """Depth, gate and input size of the layers behind one whose gates can be applied early."""
+    behind = layers[layer.index + 1 : layer.index + 1 + depths]
+    return [
+        (depth, later.gate, later.input_size)
+        for depth, later in enumerate(behind, start=1)
+        if later.gate is not None and later.tower == layer.tower
+    ]
+
+
 def _observe(
     recorder: Recorder,
     layer: int,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-) -> np.ndarray:
+) -> torch.Tensor:
     """Read one event's routing back and keep it; the tracer's own work is not charged to the run."""
     timer = recorder.timer
     timer.enter()
-    chosen = top_k_index.cpu().numpy()
+    chosen = top_k_index.cpu()
     timer.lap("readback_s")
-    lookahead = recorder.lookahead(layer, hidden_states)
-    timer.lap("lookahead_s")
+    lookahead: dict[int, torch.Tensor] = {}
+    if recorder.recording.lookahead:
+        lookahead = recorder.lookahead(layer, hidden_states)
+        timer.lap("lookahead_s")
     scores = recorder.scores(layer, top_k_index, chosen, top_k_weights)
     recorder.record(layer, chosen, top_k_weights, lookahead, scores)
     timer.skip()

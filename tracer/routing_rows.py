@@ -32,19 +32,22 @@ class _Step:
 
 
 class _Event(NamedTuple):
-    """One (step, layer): `experts` int32 [tokens, top_k], `weights` of the same shape, on the device."""
+    """One (step, layer): `experts` and predictions [tokens, top_k] on the host, `weights` on the device."""
 
     step: _Step
     layer: int
-    experts: np.ndarray
-    weights: torch.Tensor | None
-    lookahead: dict[int, np.ndarray]
+    experts: torch.Tensor
+    weights: torch.Tensor
+    lookahead: dict[int, torch.Tensor]
     scores: tuple[np.ndarray, np.ndarray] | None
 
 
 @dataclass(slots=True)
 class RoutingRows:
-    """Collects events. `modalities` are the labels of token ids that stand for something else than text."""
+    """Collects events. `tokens` are those of the pass at work, `rows` those that wait.
+
+    `modalities` are the labels of token ids that stand for something else than text.
+    """
 
     num_experts: int
     top_k: int
@@ -54,36 +57,29 @@ class RoutingRows:
     has_token_ids: bool
     modalities: Mapping[int, str]
     rows: int = 0
+    tokens: int = 0
     _step: _Step | None = None
-    _events: list[_Event] = field(default_factory=list)
+    _events: list[tuple[Any, ...]] = field(default_factory=list)
 
     def begin(self, info: StepInfo, tokens: StepTokens) -> None:
         """A pass is about to run."""
         self._step = _Step(info.step, _PHASES.index(info.phase), tokens)
+        self.tokens = len(tokens.sequence)
 
     def add(
         self,
         layer: int,
-        chosen: np.ndarray,
+        chosen: torch.Tensor,
         weights: torch.Tensor,
-        lookahead: dict[int, np.ndarray],
+        lookahead: dict[int, torch.Tensor],
         scores: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        """Keep one event: arrays are [tokens, top_k], those of `scores` [tokens, m].
+        """Keep one event: tensors are [tokens, top_k], arrays of `scores` [tokens, m].
 
-        Raises ResourceError if the event does not fit its pass.
+        They are kept as they are, without a copy: the library leaves a caller's routing alone.
         """
-        step = self._step
-        assert step is not None
-        tokens = len(step.tokens.sequence)
-        if chosen.shape != (tokens, self.top_k):
-            raise ResourceError(
-                f"MoE layer {layer} routed {len(chosen)} tokens to {chosen.shape[1]} experts each, where the pass has "
-                f"{tokens} tokens and the model says {self.top_k}. This model cannot be traced."
-            )
-        kept = weights.detach() if self.has_weights else None
-        self._events.append(_Event(step, layer, chosen.astype(np.int32), kept, lookahead, scores))
-        self.rows += len(chosen)
+        self._events.append((self._step, layer, chosen, weights, lookahead, scores))
+        self.rows += self.tokens
 
     def drop(self) -> None:
         """Forget everything collected."""
@@ -92,15 +88,25 @@ class RoutingRows:
     def take(self) -> pa.Table | None:
         """Hand over what was collected, as rows of the routing table; None if there is nothing.
 
-        Raises ResourceError for experts the model does not have.
+        Raises ResourceError for routing that a trace of this model could not say.
         """
-        events = self._events
+        events = [_Event(*event) for event in self._events]
         self.drop()
+        self._require_fitting(events)
         return self._table(events) if events else None
+
+    def _require_fitting(self, events: Sequence[_Event]) -> None:
+        for event in events:
+            tokens, shape = len(event.step.tokens.sequence), tuple(event.experts.shape)
+            if shape != (tokens, self.top_k):
+                raise ResourceError(
+                    f"MoE layer {event.layer} routed {shape[0]} tokens to {shape[1]} experts each, where the pass has "
+                    f"{tokens} tokens and the model says {self.top_k}. This model cannot be traced."
+                )
 
     def _table(self, events: Sequence[_Event]) -> pa.Table:
         sizes = np.array([len(event.experts) for event in events])
-        experts = np.concatenate([event.experts for event in events])
+        experts = torch.cat([event.experts for event in events]).numpy()
         self._require_experts(events, experts)
         tokens, place = _tokens(events, sizes)
         sequence = _joined(one.sequence for one in tokens)[place]
@@ -119,8 +125,8 @@ class RoutingRows:
             "experts": _lists(experts.astype(np.uint16)),
         }
         if self.has_weights:
-            weights = torch.cat([event.weights for event in events if event.weights is not None])
-            columns["weights"] = _lists(weights.float().cpu().numpy().astype(np.float16))
+            weights = torch.cat([event.weights for event in events])
+            columns["weights"] = _lists(weights.detach().float().cpu().numpy().astype(np.float16))
         for depth in range(1, self.lookahead + 1):
             columns[f"lookahead_{depth}"] = self._lookahead(events, sizes, depth)
         if self.scores:
@@ -133,8 +139,10 @@ class RoutingRows:
         if not experts.size or 0 <= experts.min() <= experts.max() < self.num_experts:
             return
         for event in events:
-            wrong = event.experts[(event.experts < 0) | (event.experts >= self.num_experts)]
-            if wrong.size:
+            wrong = event.experts[
+                (event.experts < 0) | (event.experts >= self.num_experts)
+            ].tolist()
+            if wrong:
                 raise ResourceError(
                     f"MoE layer {event.layer} chose expert {wrong[0]} of {self.num_experts}. Choices that stand for no "
                     "expert cannot be said in a trace, so this model cannot be traced."
@@ -156,19 +164,17 @@ class RoutingRows:
         values = np.zeros((len(has_one), self.top_k), dtype=np.uint16)
         found = [event.lookahead[depth] for event in events if depth in event.lookahead]
         if found:
-            values[has_one] = np.concatenate(found)
+            values[has_one] = torch.cat(found).numpy()
         return pa.FixedSizeListArray.from_arrays(
             pa.array(values.reshape(-1)), self.top_k, mask=pa.array(~has_one)
         )
 
 
-def distinct_count(chosen: np.ndarray) -> int:
-    """How many different experts an event demands."""
+def distinct_count(chosen: torch.Tensor) -> int:
+    """How many different experts an event demands; `chosen` [tokens, top_k] is on the host."""
     if len(chosen) == 1:
         return chosen.shape[1]  # a token chooses nobody twice
-    if chosen.size > 256:
-        return len(np.unique(chosen))
-    return len(set(chosen.ravel().tolist()))
+    return len(np.unique(chosen.numpy()))
 
 
 def _tokens(events: Sequence[_Event], sizes: np.ndarray) -> tuple[list[StepTokens], np.ndarray]:

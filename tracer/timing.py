@@ -38,36 +38,39 @@ class StepInfo:
 
 
 class _Row(NamedTuple):
-    """One row of the `steps` table before it is spelled out: cheap to make, as every event makes one."""
+    """One row of the `steps` table before it is spelled out: cheap to make, as every event makes one.
+
+    `laps` are seconds in the order of LAPS. The total of a layer is their sum; of a pass it is given.
+    """
 
     info: StepInfo
     layer: int
     distinct: int
     waves: int
     start_s: float
-    laps: dict[str, float]
-    schedule_s: float
+    laps: tuple[float, ...]
+    schedule_s: float = 0.0
+    total_s: float | None = None
 
 
-_NO_LAPS = dict.fromkeys(LAPS, 0.0)
+_NO_LAPS: dict[str, float] = dict.fromkeys(LAPS, 0.0)
 
 
 @dataclass(slots=True)
 class StepRows:
-    """Rows for the `steps` table. The total of a layer is the sum of its laps; of a pass it is given."""
+    """Rows for the `steps` table."""
 
-    rows: list[tuple[_Row, float | None]] = field(default_factory=list)
+    rows: list[_Row] = field(default_factory=list)
 
-    def add(self, row: _Row, total_s: float | None = None) -> None:
+    def add(self, row: _Row) -> None:
         """Append one row."""
-        self.rows.append((row, total_s))
+        self.rows.append(row)
 
     def take(self) -> dict[str, list[Any]]:
         """Hand over what was collected, column by column, and start empty."""
-        taken, self.rows = self.rows, []
-        if not taken:
+        rows, self.rows = self.rows, []
+        if not rows:
             return {}
-        rows = [row for row, _ in taken]
         infos = [row.info for row in rows]
         return {
             "step": [info.step for info in infos],
@@ -79,9 +82,9 @@ class StepRows:
             "distinct": [row.distinct for row in rows],
             "waves": [row.waves for row in rows],
             "start_s": [row.start_s for row in rows],
-            **{name: [row.laps[name] for row in rows] for name in LAPS},
+            **{name: [row.laps[place] for row in rows] for place, name in enumerate(LAPS)},
             "schedule_s": [row.schedule_s for row in rows],
-            "total_s": [sum(r.laps.values()) if total is None else total for r, total in taken],
+            "total_s": [sum(r.laps) if r.total_s is None else r.total_s for r in rows],
         }
 
 
@@ -144,20 +147,43 @@ class StepTimer:
         """The layer is done: write its row."""
         self._write(layer, self._layer_start, distinct, waves, self._laps)
 
+    def event(
+        self,
+        layer: int,
+        distinct: int,
+        entered: float,
+        foreseen: float,
+        kept: float,
+        computed: float,
+    ) -> None:
+        """A whole event of a resident layer at once, by moments of `perf_counter`.
+
+        The model reached the experts, whose choice is on the host already; predictions were made; the tracer had
+        kept what it wants (its own work, dropped); the experts were computed. One call instead of seven: between
+        kernels every line of Python meets cold caches.
+        """
+        origin = self.origin
+        start = self._mark
+        assert self._info is not None
+        laps = (entered - origin - start, 0.0, 0.0, foreseen - entered, 0.0, computed - kept)
+        self.rows.rows.append(_Row(self._info, layer, distinct, 1, start, laps))
+        self._mark = mark = perf_counter() - origin
+        self._skipped += kept - foreseen + mark - (computed - origin)
+
     def end(self) -> float:
         """The pass is done: write its row. Returns its seconds."""
         total = self.now() - self._step_start - self._skipped + self._schedule_s
         began = self._step_start - self._schedule_s
         assert self._info is not None
-        row = _Row(self._info, WHOLE_STEP, 0, 0, began, _NO_LAPS, self._schedule_s)
-        self.rows.add(row, total)
+        laps = tuple(_NO_LAPS.values())
+        self.rows.add(_Row(self._info, WHOLE_STEP, 0, 0, began, laps, self._schedule_s, total))
         return total
 
     def _write(
         self, layer: int, start_s: float, distinct: int, waves: int, laps: dict[str, float]
     ) -> None:
         assert self._info is not None
-        self.rows.add(_Row(self._info, layer, distinct, waves, start_s, laps, 0.0))
+        self.rows.add(_Row(self._info, layer, distinct, waves, start_s, tuple(laps.values())))
 
 
 class CudaStepTimer(StepTimer):

@@ -170,6 +170,8 @@ def _predict(run: Run, step: int, phase: int, event: int) -> int:
         lookahead_s = 0.0 + weights[0]
         lookahead_s += weights[1] * run.work.steps[step].tokens
         lookahead_s += weights[2] * asked
+        if event == run.work.steps[step].first_event:
+            lookahead_s += run.costs[phase].pass_lookahead_s
         _compute(run.wire, LOOKAHEAD, lookahead_s)
     for number in range(asked):
         key = run.asked[number].key

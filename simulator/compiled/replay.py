@@ -297,6 +297,7 @@ def _costs(costs: CostModel) -> np.ndarray:
         for name in ("mixer", "experts", "head", "decision", "lookahead"):
             found[name][row] = getattr(phase, name).weights
         found["readback_s"][row] = phase.readback_s
+        found["pass_lookahead_s"][row] = phase.pass_lookahead_s
     return found
 
 

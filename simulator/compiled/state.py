@@ -83,6 +83,7 @@ COSTS = _record(
     head="(3,)f8",
     decision="(3,)f8",
     lookahead="(3,)f8",
+    pass_lookahead_s="f8",
     readback_s="f8",
 )
 """Weights of one phase's costs: see simulator.costs.PhaseCosts."""

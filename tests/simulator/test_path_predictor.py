@@ -248,7 +248,13 @@ def test_its_measured_time_is_charged_to_those_who_ask_it(trace, tmp_path):
 
     loads = ready.costs.decode.lookahead.weights[2]
     assert loads == 0
-    assert seconds("path") == {("prefill", 0.01), ("decode", 0.002)}
+    # The first layer of a pass waits for it.
+    assert seconds("path") == {
+        ("prefill", 0.03),
+        ("prefill", 0.0),
+        ("decode", 0.006),
+        ("decode", 0.0),
+    }
     assert seconds("none") == {("prefill", 0.0), ("decode", 0.0)}
 
 

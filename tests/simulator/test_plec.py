@@ -1,5 +1,7 @@
 """PLEC keeps what is planned, nearest need longest, and lets go of what was planned in vain."""
 
+from dataclasses import replace
+
 import pytest
 from expertflow.simulator.policy.caches.plec import PLEC
 from expertflow.simulator.policy.checked import Dice, tiny_shape
@@ -127,6 +129,7 @@ def test_both_engines_agree_under_long_plans(seed, horizon, allocation):
         predictor_params={"recall": 0.7, "precision": 0.6, "horizon": horizon, "seed": seed % 1000},
     )
     machine = make_machine(copy=0.3 + dice.below(3), mixer=0.5, experts=0.7, wake=0.1, chunks=2)
+    machine = replace(machine, decode=replace(machine.decode, pass_lookahead_s=0.37))
 
     require_equal(make_steps(steps, experts=experts), spec, tiny_shape(layers, experts), machine)
 

@@ -558,7 +558,7 @@ def test_a_path_predictors_time_is_charged_once(batched):
     ready = replace(
         ready,
         workload=ready.workload.with_paths(table),
-        path_costs=PathCosts(event_s={"prefill": 0.5, "decode": 0.25}, latency=latency),
+        path_costs=PathCosts(pass_s={"prefill": 0.5, "decode": 0.25}, latency=latency),
     )
 
     alone = ready.predict(make_spec(slots=8, scheduler="path_similarity"))
@@ -567,7 +567,7 @@ def test_a_path_predictors_time_is_charged_once(batched):
     # Two units of two batches; five decode steps each, and the prompts of a unit read once.
     assert alone.regrouping.decision_s == pytest.approx(2 * 3.0 + 2 * 5 * 2.0, rel=0.01)
     assert both.regrouping.decision_s == alone.regrouping.decision_s
-    prompts = 4 * ready.shape.num_moe_layers * 0.5
+    prompts = 4 * 0.5
     assert both.time.lookahead_s == pytest.approx(prompts, rel=0.05)
 
 
