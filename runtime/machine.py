@@ -15,7 +15,7 @@ from ..simulator.policy.replay import replay
 from ..simulator.policy.spec import PolicySpec
 from ..simulator.result import MemoryResult, Result
 from ..tracer.blocks import HostBlocks, Tier
-from ..tracer.generate import Generated, Prompt, StepObserver, greedy
+from ..tracer.generate import Generated, Prompt, StepObserver, StepTokens, greedy
 from ..tracer.load import LoadedModel
 from ..tracer.memory import METERED_PASSES, SilentObserver, peaks, peaks_of
 from ..tracer.probe import machine_name, provenance
@@ -261,20 +261,33 @@ def generate_all(
 ) -> list[Generated]:
     """Generate greedily for all prompts in batches; without an observer the model runs as it is."""
     outputs: list[Generated] = []
-    step = 0
+    counted = _Passes(observer or SilentObserver())
     for batch in batches(prompts, batch_size):
-        generated = greedy(
+        outputs += greedy(
             loaded.model,
             batch,
             max_new_tokens=max_new_tokens,
             eos_ids=loaded.eos_ids,
             pad_id=loaded.pad_id,
-            first_step=step,
-            observer=observer or SilentObserver(),
+            first_step=counted.passes,
+            observer=counted,
         )
-        step += max(len(one.token_ids) for one in generated)  # as the tracer numbers them
-        outputs += generated
     return outputs
+
+
+class _Passes:
+    """Counts the passes that somebody else observes: steps are numbered by them, as in a trace."""
+
+    def __init__(self, observer: StepObserver) -> None:
+        self._observer = observer
+        self.passes = 0
+
+    def begin_step(self, info: StepInfo, tokens: StepTokens) -> None:
+        self.passes += 1
+        self._observer.begin_step(info, tokens)
+
+    def end_step(self) -> float:
+        return self._observer.end_step()
 
 
 def _sequence_times(prompts: Sequence[Prompt], outputs: Sequence[Generated]) -> list[SequenceTimes]:

@@ -389,3 +389,16 @@ def refusal(family: str) -> str | None:
     except ResourceError as refused:
         return str(refused)
     return None
+
+
+REFUSED = (
+    "doge",
+    "jetmoe",
+    "longcat_flash",
+    "openai_privacy_filter",
+    "vitpose_backbone",
+    "zaya",
+    # The oldest supported version has Aria's experts in a module of their own.
+    *(() if is_registered("aria") else ("aria",)),
+)
+SERVED = tuple(family for family in families() if family not in REFUSED)

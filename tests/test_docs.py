@@ -92,7 +92,7 @@ def test_the_simulator_page_works_from_top_to_bottom(workplace, capsys):
 
 
 def test_the_readme_names_commands_that_exist():
-    named = set(re.findall(r"^expertflow-trace (\w+)", README, flags=re.MULTILINE))
+    named = set(re.findall(r"^expertflow-trace ([\w-]+)", README, flags=re.MULTILINE))
 
     assert named <= set(commands())
     assert {"run", "tune", "deploy", "verify"} <= named

@@ -43,7 +43,7 @@ def routing_schema(
         _field("position", pa.int32(), "token position in its sequence; -1 for padding"),
         _field("phase", _LABEL, "prefill or decode"),
         _field("token_id", pa.int32(), "the token fed in; -1 if ids were redacted"),
-        _field("modality", _LABEL, "text, or pad for padding rows (they load experts too)"),
+        _field("modality", _LABEL, "text, image, video, audio, or pad for padding (which loads experts too)"),
         _field("experts", ids, "expert ids in router order, likeliest first"),
     ]
     if weights:
@@ -55,7 +55,7 @@ def routing_schema(
             f"lookahead_{depth}",
             ids,
             f"experts the gate of layer+{depth} picks from this layer's hidden state; "
-            "null past the last layer",
+            "null past the last layer, and where no gate could be asked early",
             nullable=True,
         )
         for depth in range(1, lookahead + 1)

@@ -21,7 +21,7 @@ from expertflow.tracer.store import Trace
 from expertflow.tracer.synthetic import synthetic_trace
 from expertflow.tracer.writer import TraceWriter
 
-from tests.families import families, folder, is_registered, refusal
+from tests.families import REFUSED, SERVED, families, folder, refusal
 from tests.models import tiny
 from tests.routers import Listener, routers
 
@@ -30,17 +30,6 @@ PAGE = ROOT / "docs" / "families.md"
 CPU = torch.device("cpu")
 PROMPTS = [Prompt(0, (40, 41, 42, 43, 44)), Prompt(1, (70, 75, 80))]
 NEW_TOKENS = 4
-REFUSED = (
-    "doge",
-    "jetmoe",
-    "longcat_flash",
-    "openai_privacy_filter",
-    "vitpose_backbone",
-    "zaya",
-    # The oldest supported version has Aria's experts in a module of their own.
-    *(() if is_registered("aria") else ("aria",)),
-)
-SERVED = tuple(family for family in families() if family not in REFUSED)
 
 
 @pytest.fixture(scope="module", params=SERVED)
