@@ -1,8 +1,8 @@
 """Writes docs/families.md: every family of the installed transformers with experts, and what the tool does with it.
 
 Each family is built as a tiny random model and loaded by the tool. That what is served is traced rightly is proved by
-tests/tracer/test_families.py, that it runs offloaded by tests/runtime/test_families.py. `--check` compares the page with
-what would be written.
+tests/tracer/test_families.py, that it runs offloaded by tests/runtime/test_families.py. `--check` compares the page
+with what would be written.
 """
 
 from __future__ import annotations

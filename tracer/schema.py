@@ -43,7 +43,11 @@ def routing_schema(
         _field("position", pa.int32(), "token position in its sequence; -1 for padding"),
         _field("phase", _LABEL, "prefill or decode"),
         _field("token_id", pa.int32(), "the token fed in; -1 if ids were redacted"),
-        _field("modality", _LABEL, "text, image, video, audio, or pad for padding (which loads experts too)"),
+        _field(
+            "modality",
+            _LABEL,
+            "text, image, video, audio, or pad for padding (which loads experts too)",
+        ),
         _field("experts", ids, "expert ids in router order, likeliest first"),
     ]
     if weights:
