@@ -70,7 +70,7 @@ def test_help_imports_nothing_heavy_and_no_command():
     # An editable install finds a module through its parents: packages that hold a docstring.
     packages = {
         f"expertflow.{name}{more}"
-        for name in ("tracer", "simulator", "runtime")
+        for name in ("tracer", "simulator", "runtime", "dashboard")
         for more in ("", ".commands")
     }
     assert ours - packages == {"expertflow.tracer.main", "expertflow.tracer.errors"}
