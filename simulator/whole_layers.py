@@ -24,7 +24,7 @@ def as_demanded(source: Workload | Source, spec: PolicySpec) -> Workload | Sourc
 
 
 def whole_layers(source: Workload | Source) -> Workload:
-    """The recorded passes with all experts in every event, those that nobody chose by no token.
+    """The recorded passes with all experts in every event, those that nobody chose by no token; whole ones as they are.
 
     Raises UsageError for requests that arrive.
     """
@@ -33,6 +33,8 @@ def whole_layers(source: Workload | Source) -> Workload:
         raise UsageError(
             "Layer streaming follows the recorded batches only; leave --arrivals out, or choose another predictor."
         )
+    if len(workload.experts) == workload.num_events * workload.num_experts:
+        return workload
     if workload not in _KEPT:
         _KEPT[workload] = _filled(workload)
     return _KEPT[workload]
