@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,27 @@ from typing import Any
 from bench_common import ROOT as _ROOT  # noqa: F401 - puts the checkout on the path
 from expertflow.runtime.calibrate import Calibration
 from expertflow.runtime.deploy import same_text
-from expertflow.runtime.machine import Machine, device_name
-from expertflow.runtime.paths.build import PredictorRequest, build_predictor
+from expertflow.runtime.machine import Machine, device_name, generate_all
+from expertflow.runtime.paths.build import PredictorRequest, add_paths, build_predictor
+from expertflow.runtime.paths.files import load_predictor
 from expertflow.runtime.paths.train import Training
 from expertflow.simulator.forecast import Forecaster
-from expertflow.simulator.paths import PredictorCard
+from expertflow.simulator.paths import PredictorCard, paths_file, read_paths
 from expertflow.simulator.policy.spec import PolicySpec
 from expertflow.simulator.result import MemoryResult, Result
-from expertflow.simulator.workload import Workload
+from expertflow.simulator.workload import Workload, workload_of
 from expertflow.tracer import embedded
 from expertflow.tracer.generate import Generated, Prompt
+from expertflow.tracer.load import choose_device, load_model
 from expertflow.tracer.probe import provenance
+from expertflow.tracer.prompts import (
+    MAX_PROMPT_TOKENS,
+    PromptText,
+    choose_prompts,
+    read_prompts,
+    tokenize,
+)
+from expertflow.tracer.quantities import LinkSpec
 from expertflow.tracer.store import Trace
 from expertflow.tracer.tracing import TraceRequest, trace_run
 
@@ -92,6 +102,55 @@ def built(trace: Trace, out: Path, epochs: int, **asked: Any) -> PredictorCard:
         **{"network": {}, **asked},
     )
     return build_predictor(request, progress=no_progress, say=hint)
+
+
+class Embedded:
+    """The embedded model on a machine with an emulated link and a path predictor, and its own text of shipped prompts.
+
+    `folder` holds what `cut` and `built` wrote; `prompts` says by batch size how many prompts are judged on.
+    """
+
+    def __init__(
+        self, folder: Path, prompts: Mapping[int, int], *, link: str, new_tokens: int
+    ) -> None:
+        self._folder, self._counts, self._new_tokens = folder, prompts, new_tokens
+        device = choose_device("cpu")
+        self._loaded = load_model(None, device=device)
+        self.shape = self._loaded.shape
+        paths, _ = load_predictor(folder / "predictor", device)
+        self._prompts = {
+            batch: self._tokens(choose_prompts(read_prompts(None), count))
+            for batch, count in prompts.items()
+        }
+        # The machine takes the experts out of the model, so its own text comes first.
+        self._text = {
+            batch: generate_all(self._loaded, found, batch_size=batch, max_new_tokens=new_tokens)
+            for batch, found in self._prompts.items()
+        }
+        self.machine = Machine(self._loaded, device, link=LinkSpec.parse(link), paths=paths)
+
+    def trials(
+        self, name: str, batch: int, *, lookahead: int = 1, measures_memory: bool = True
+    ) -> Trials:
+        """Trace the prompts of a batch size, predict their paths, and be ready to predict and run policies."""
+        predictor = self._folder / "predictor"
+        out, count = self._folder / f"shipped-{name}", self._counts[batch]
+        trace = traced(out, None, self._new_tokens, batch, count, lookahead=lookahead)
+        add_paths(trace.path, predictor, device="cpu")
+        table = read_paths(paths_file(predictor, trace.manifest.trace_id), self.shape)
+        return Trials(
+            self.machine,
+            workload_of(trace).with_paths(table),
+            self._prompts[batch],
+            self._tokens(read_prompts(self._folder / "pieces.jsonl")[: max(4, batch)]),
+            batch_size=batch,
+            new_tokens=self._new_tokens,
+            text=self._text[batch],
+            measures_memory=measures_memory,
+        )
+
+    def _tokens(self, texts: Sequence[PromptText]) -> list[Prompt]:
+        return tokenize(self._loaded.tokenizer, texts, MAX_PROMPT_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)

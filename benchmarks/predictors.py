@@ -30,25 +30,19 @@ from bench_common import (
     present,
     write_block,
 )
-from bench_embedded import Pair, Trials, built, cut, hint, traced
-from expertflow.runtime.machine import Machine, generate_all
-from expertflow.runtime.paths.build import add_paths
-from expertflow.runtime.paths.files import load_predictor
+from bench_embedded import Embedded, Pair, Trials, built, cut, hint, traced
 from expertflow.simulator.curves import layer_curves
 from expertflow.simulator.forecast import Forecaster
 from expertflow.simulator.hardware import machine_of
 from expertflow.simulator.layer_times import layer_times
 from expertflow.simulator.lessons import lessons_of
-from expertflow.simulator.paths import paths_file, read_paths
 from expertflow.simulator.policy.registry import predictors
 from expertflow.simulator.policy.spec import PolicySpec, make_spec
 from expertflow.simulator.result import Result
 from expertflow.simulator.workload import Workload, workload_of
-from expertflow.tracer.load import choose_device, load_model
+from expertflow.tracer.load import choose_device
 from expertflow.tracer.placement import use_threads
 from expertflow.tracer.probe import provenance
-from expertflow.tracer.prompts import MAX_PROMPT_TOKENS, choose_prompts, read_prompts, tokenize
-from expertflow.tracer.quantities import LinkSpec
 from expertflow.tracer.types import ModelShape
 
 SCRIPT = "predictors.py"
@@ -163,13 +157,12 @@ class Size:
     pieces: int | None
     epochs: int
     batches: Mapping[int, int]
-    calibration: int
     rounds: int
     entrants: tuple[Entrant, ...]
 
 
-FULL = Size(None, 25, {1: 5, 4: 8, 16: 16}, 4, 2, ENTRANTS)
-QUICK = Size(40, 2, {1: 2}, 2, 1, (ENTRANTS[0], ENTRANTS[4], ENTRANTS[12], ENTRANTS[15]))
+FULL = Size(None, 25, {1: 5, 4: 8, 16: 16}, 2, ENTRANTS)
+QUICK = Size(40, 2, {1: 2}, 1, (ENTRANTS[0], ENTRANTS[4], ENTRANTS[12], ENTRANTS[15]))
 
 
 def main() -> None:
@@ -193,41 +186,13 @@ def embedded_model(report: Report, folder: Path, size: Size) -> None:
     pieces = traced(folder / "pieces", cut(folder, size.pieces), 48, 16, lookahead=3)
     built(pieces, folder / "predictor", size.epochs)
     taught = Taught.of(workload_of(pieces), size.entrants)
-    device = choose_device("cpu")
-    loaded = load_model(None, device=device)
-    paths, _ = load_predictor(folder / "predictor", device)
-    shipped = {
-        batch: tokenize(
-            loaded.tokenizer, choose_prompts(read_prompts(None), count), MAX_PROMPT_TOKENS
-        )
-        for batch, count in size.batches.items()
-    }
-    # The machine takes the experts out of the model, so its own text comes first.
-    said = {
-        batch: generate_all(loaded, prompts, batch_size=batch, max_new_tokens=NEW_TOKENS)
-        for batch, prompts in shipped.items()
-    }
-    machine = Machine(loaded, device, link=LinkSpec.parse(LINK), paths=paths)
+    model = Embedded(folder, size.batches, link=LINK, new_tokens=NEW_TOKENS)
     told: list[Told] = []
-    for batch, count in size.batches.items():
-        prompts = shipped[batch]
-        others = read_prompts(folder / "pieces.jsonl")[: max(size.calibration, batch)]
-        trace = traced(folder / f"shipped-{batch}", None, NEW_TOKENS, batch, count, lookahead=3)
-        add_paths(trace.path, folder / "predictor", device="cpu")
-        table = read_paths(paths_file(folder / "predictor", trace.manifest.trace_id), loaded.shape)
-        trials = Trials(
-            machine,
-            workload_of(trace).with_paths(table),
-            prompts,
-            tokenize(loaded.tokenizer, others, MAX_PROMPT_TOKENS),
-            batch_size=batch,
-            new_tokens=NEW_TOKENS,
-            text=said[batch],
-            measures_memory=False,
-        )
+    for batch in size.batches:
+        trials = model.trials(str(batch), batch, lookahead=3, measures_memory=False)
         for budget in BUDGETS:
             told += cell(report, trials, taught, size, batch, budget)
-    machine.close()
+    model.machine.close()
     verdicts(report, told)
 
 

@@ -20,22 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import ROOT, Report, Table, options_of, parser, write_block
-from bench_embedded import Pair, Trials, built, cut, hint, traced
-from expertflow.runtime.machine import Machine, generate_all
-from expertflow.runtime.paths.build import add_paths
-from expertflow.runtime.paths.files import load_predictor
+from bench_embedded import Embedded, Pair, Trials, built, cut, hint, traced
 from expertflow.simulator.costs import Linear, PhaseCosts
 from expertflow.simulator.forecast import Forecaster
 from expertflow.simulator.hardware import machine_of
-from expertflow.simulator.paths import PredictorCard, paths_file, read_paths
+from expertflow.simulator.paths import PredictorCard
 from expertflow.simulator.policy.spec import PolicySpec, make_spec
 from expertflow.simulator.result import Result
 from expertflow.simulator.workload import workload_of
-from expertflow.tracer.load import choose_device, load_model
+from expertflow.tracer.load import choose_device
 from expertflow.tracer.placement import use_threads
 from expertflow.tracer.probe import provenance
-from expertflow.tracer.prompts import MAX_PROMPT_TOKENS, choose_prompts, read_prompts, tokenize
-from expertflow.tracer.quantities import LinkSpec, format_bytes
+from expertflow.tracer.quantities import format_bytes
 from expertflow.tracer.synthetic import synthetic_trace
 from expertflow.tracer.types import ModelShape
 
@@ -150,43 +146,16 @@ def embedded_model(report: Report, folder: Path, size: Size) -> None:
     card = built(pieces, folder / "predictor", size.epochs)
     recall_of_batches(report, card)
     popularity = workload_of(pieces).popularity()
-    device = choose_device("cpu")
-    loaded = load_model(None, device=device)
-    resident_bytes = (
-        loaded.shape.non_expert_bytes + loaded.shape.total_experts * loaded.shape.expert_bytes
-    )
-    paths, _ = load_predictor(folder / "predictor", device)
-    prompts = {
-        batch: tokenize(
-            loaded.tokenizer, choose_prompts(read_prompts(None), count), MAX_PROMPT_TOKENS
-        )
-        for batch, count in size.prompts.items()
-    }
-    text = {
-        batch: generate_all(loaded, found, batch_size=batch, max_new_tokens=NEW_TOKENS)
-        for batch, found in prompts.items()
-    }
-    machine = Machine(loaded, device, link=LinkSpec.parse(LINK), paths=paths)
+    model = Embedded(folder, size.prompts, link=LINK, new_tokens=NEW_TOKENS)
+    shape = model.shape
+    resident_bytes = shape.non_expert_bytes + shape.total_experts * shape.expert_bytes
     hits: list[tuple[str, ...]] = []
     for share, batch in SETTINGS:
-        if batch not in prompts:
+        if batch not in size.prompts:
             continue
-        count = size.prompts[batch]
-        trace = traced(folder / f"shipped-{share}-{batch}", None, NEW_TOKENS, batch, count)
-        add_paths(trace.path, folder / "predictor", device="cpu")
-        table = read_paths(paths_file(folder / "predictor", trace.manifest.trace_id), loaded.shape)
-        others = read_prompts(folder / "pieces.jsonl")[: max(4, batch)]
-        trials = Trials(
-            machine,
-            workload_of(trace).with_paths(table),
-            prompts[batch],
-            tokenize(loaded.tokenizer, others, MAX_PROMPT_TOKENS),
-            batch_size=batch,
-            new_tokens=NEW_TOKENS,
-            text=text[batch],
-        )
+        trials = model.trials(f"{share}-{batch}", batch)
         hits.append(setting(report, trials, popularity, size, share, batch, resident_bytes))
-    machine.close()
+    model.machine.close()
     report.table(
         Table(
             "Decode hit ratio in percent. Paper: Switch-32, hits as in its code, where a prefetch counts that was "
