@@ -10,7 +10,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +142,17 @@ class Embedded:
             self.machine,
             workload_of(trace).with_paths(table),
             self._prompts[batch],
-            self._tokens(read_prompts(self._folder / "pieces.jsonl")[: max(4, batch)]),
+            self._calibration(batch),
             batch_size=batch,
             new_tokens=self._new_tokens,
             text=self._text[batch],
             measures_memory=measures_memory,
         )
+
+    def _calibration(self, batch: int) -> list[Prompt]:
+        """Other prompts, of two batches at least, from the longer ones: nothing has to be extrapolated far."""
+        pieces = sorted(read_prompts(self._folder / "pieces.jsonl"), key=lambda p: len(p.text))
+        return self._tokens(choose_prompts(pieces[len(pieces) // 2 :], max(4, 2 * batch)))
 
     def _tokens(self, texts: Sequence[PromptText]) -> list[Prompt]:
         return tokenize(self._loaded.tokenizer, texts, MAX_PROMPT_TOKENS)
@@ -155,12 +160,20 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One policy, predicted and then run."""
+    """One policy, predicted and then run, and tokens/s of the first policy of its round, run just before and after."""
 
     predicted: Result
     measured: Result
+    base_tokens_per_s: float
+
+    @property
+    def gain(self) -> float:
+        """Measured gain over the first policy: the machine drifts, so against what it gave at about that time."""
+        return self.measured.tokens_per_s / self.base_tokens_per_s - 1.0
 
 
+_OTHERS = 3
+"""Policies between two runs of the first one."""
 _NO_MEMORY = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
 
 
@@ -168,7 +181,8 @@ class Trials:
     """One machine and one batch size: policies are predicted from a calibration of this process, then run in turns.
 
     `workload` is what the resident model routed for `prompts`, and `text` what it said; calibration runs on other
-    prompts. The first policy of a round is run again at its end: what the two differ by is the noise.
+    prompts. The first policy of a round is run again after every few others: what two such runs, one after the other,
+    differ by is the noise.
     """
 
     def __init__(
@@ -213,10 +227,21 @@ class Trials:
 
     def round(self, ready: Forecaster, specs: Sequence[PolicySpec]) -> list[Pair]:
         """Predict all, run all. Raises SystemExit if a text differs or a log does not replay."""
+        own = self._calibrator.measure_own(ready.costs, specs, lambda _: None)
+        ready = replace(ready, own_costs=own)
         predicted = [ready.predict(spec, with_bounds=False) for spec in specs]
-        pairs = [Pair(found, self.run(spec)) for spec, found in zip(specs, predicted, strict=True)]
-        again = self.run(specs[0])
-        self.noise.append(abs(again.tokens_per_s / pairs[0].measured.tokens_per_s - 1.0))
+        before = self.run(specs[0])
+        pairs = [Pair(predicted[0], before, before.tokens_per_s)]
+        others = list(zip(specs, predicted, strict=True))[1:]
+        for start in range(0, len(others), _OTHERS):
+            some = others[start : start + _OTHERS]
+            runs = [self.run(spec) for spec, _ in some]
+            after = self.run(specs[0])
+            speeds = (before.tokens_per_s, after.tokens_per_s)
+            self.noise.append(abs(speeds[1] / speeds[0] - 1.0))
+            base = sum(speeds) / 2
+            pairs += [Pair(found, run, base) for (_, found), run in zip(some, runs, strict=True)]
+            before = after
         return pairs
 
     def run(self, spec: PolicySpec) -> Result:

@@ -17,9 +17,10 @@ import numpy as np
 
 from ..simulator.account import RunRecord, largest_waves
 from ..simulator.costs import CostModel, as_one_walk, fit_costs
+from ..simulator.own_costs import OwnCosts
 from ..simulator.paths import PathCosts
-from ..simulator.policy.log import Entry
-from ..simulator.policy.spec import PolicySpec, make_spec
+from ..simulator.policy.registry import predictors
+from ..simulator.policy.spec import IN_ORDER, PolicySpec, make_spec
 from ..simulator.result import MemoryResult
 from ..tracer.copies import CHUNK_BYTES
 from ..tracer.generate import Prompt
@@ -29,11 +30,14 @@ from ..tracer.prompts import batches
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import LinkCurve, LinkProfile, MemoryPoint, ModelShape
 from .kv_rows import measure_kv_move
+from .loads import Places, loads_by_event
 from .machine import Machine, device_name, predictor_bytes
+from .own_costs import own_costs
 from .paths.latency import measure_latency
 
-Places = Counter[tuple[int, int]]
 _MEMORY_SIZES = 3
+_ODD_SHARE = 0.44
+"""Of all experts, in runs that compare a policy with plain LRU. Nobody asks for it."""
 
 
 class Calibration:
@@ -51,14 +55,15 @@ class Calibration:
         max_new_tokens: int,
     ) -> None:
         self._machine = machine
-        self._prompts = prompts
+        # By length, so that batches differ in size and the fit can tell a token from a pass.
+        self._prompts = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
         self._batch_size = batch_size
         self._max_new_tokens = max_new_tokens
         shape = machine.loaded.shape
         demand = calibration_specs(shape)
         has_gates = all(layer.gate is not None for layer in machine.loaded.layers)
         self.specs = [*demand, *(prefetch_specs(shape) if has_gates else ())]
-        sizes = spread_by_size(list(batches(prompts, batch_size)), _MEMORY_SIZES)
+        sizes = spread_by_size(list(batches(self._prompts, batch_size)), _MEMORY_SIZES)
         self._memory = memory_points(machine, demand, sizes)
 
     def measure(self, advance: Callable[[int], None]) -> CostModel:
@@ -90,7 +95,7 @@ class Calibration:
         if self._machine.paths is None:
             return None
         model, shape = self._machine.paths, self._machine.loaded.shape
-        slots = max(1, round(0.44 * shape.total_experts))
+        slots = max(1, round(_ODD_SHARE * shape.total_experts))
         without, asking = (
             self._run(make_spec(slots=slots, predictor=name)) for name in ("none", "path")
         )
@@ -103,6 +108,23 @@ class Calibration:
         pass_s = path_seconds(asking, without, costs)
         return PathCosts(pass_s=pass_s, latency=latency, num_bytes=predictor_bytes(model))
 
+    def measure_own(
+        self, costs: CostModel, specs: Sequence[PolicySpec], advance: Callable[[int], None]
+    ) -> dict[tuple[str, ...], OwnCosts]:
+        """What the policies' own code takes, where `costs` cannot know it, by `PolicySpec.code`."""
+        asked = {spec.code: spec for spec in specs if has_own_costs(spec)}
+        slots = max(1, round(_ODD_SHARE * self._machine.loaded.shape.total_experts))
+        found: dict[tuple[str, ...], OwnCosts] = {}
+        for code, spec in asked.items():
+            runs_beside = "paths" in spec.needs()
+            plain = self._walked(make_spec(slots=slots), costs) if runs_beside else None
+            found[code] = own_costs(self._walked(spec.with_slots(slots), costs), costs, plain)
+            advance(1)
+        return found
+
+    def _walked(self, spec: PolicySpec, costs: CostModel) -> RunRecord:
+        return _one_walk(spec, self._run(spec), self._machine.loaded.shape, costs.group_s)
+
     def _run(self, spec: PolicySpec) -> RunRecord:
         nothing = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
         record, _ = self._machine.run(
@@ -113,6 +135,13 @@ class Calibration:
             memory=nothing,
         )
         return record
+
+
+def has_own_costs(spec: PolicySpec) -> bool:
+    """Whether a policy's predictor is other than gates of the next layer, which calibration knows; needs no future."""
+    needs = predictors.get(spec.predictor.name).needs
+    is_known = not spec.predicts or (needs == {"lookahead"} and spec.lookahead_depth == 1)
+    return not is_known and "future" not in needs and spec.scheduler == IN_ORDER
 
 
 def path_seconds(asking: RunRecord, without: RunRecord, costs: CostModel) -> dict[str, float]:
@@ -275,21 +304,6 @@ def _joined(records: Sequence[RunRecord]) -> tuple[dict[str, list[Any]], Places,
         prefetch.update({(step + first, layer): n for (step, layer), n in run_prefetch.items()})
         first += max(record.steps["step"]) + 1
     return steps, demand, prefetch
-
-
-def loads_by_event(log: Sequence[Entry]) -> tuple[Places, Places]:
-    """Demand loads and prefetches asked for by each (step, layer) event."""
-    demand: Places = Counter()
-    prefetch: Places = Counter()
-    event = (-1, -1)
-    for entry in log:
-        if entry.kind == "event":
-            event = (entry.step, entry.layer)
-        elif entry.kind == "load" and entry.detail == "demand":
-            demand[event] += 1
-        elif entry.kind == "load" and entry.detail == "prefetch":
-            prefetch[event] += 1
-    return demand, prefetch
 
 
 def _link_seconds(

@@ -8,7 +8,7 @@ judged is the median over repeats of the pairs (docs/validation.md).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 
 from ..simulator.costs import CostModel
 from ..simulator.forecast import Forecaster
+from ..simulator.own_costs import OwnCosts
 from ..simulator.paths import PathCosts
 from ..simulator.policy.spec import PolicyFile, PolicySpec, make_spec
 from ..simulator.result import MemoryResult, Result, Verdict
@@ -145,8 +146,8 @@ def configurations(spec: PolicySpec, workload: Workload) -> list[PolicySpec]:
 
 
 def count_runs(repeats: int) -> int:
-    """Upper bound of timed runs, for the progress bar: calibration, configurations, control."""
-    return repeats * (6 + 10 + 1)
+    """Upper bound of timed runs, for the progress bar: calibration, the policy's code, configurations, control."""
+    return repeats * (6 + 1 + 10 + 1)
 
 
 class _Trial:
@@ -176,7 +177,11 @@ class _Trial:
     ) -> tuple[Result, Result]:
         """One round of pairs. Returns the base configuration's two measurements, for the noise."""
         costs = self._calibrator.measure(advance)
-        forecaster = self._forecaster(costs, self._calibrator.measure_paths(costs))
+        forecaster = self._forecaster(
+            costs,
+            self._calibrator.measure_paths(costs),
+            self._calibrator.measure_own(costs, [run.spec for run in runs], advance),
+        )
         predicted = [forecaster.predict(run.spec) for run in runs]
         base: list[Result] = []
         for run, forecast in zip(runs, predicted, strict=True):
@@ -189,7 +194,12 @@ class _Trial:
         advance(1)
         return base[0], base[1]
 
-    def _forecaster(self, costs: CostModel, path_costs: PathCosts | None) -> Forecaster:
+    def _forecaster(
+        self,
+        costs: CostModel,
+        path_costs: PathCosts | None,
+        own_costs: Mapping[tuple[str, ...], OwnCosts],
+    ) -> Forecaster:
         machine = self._machine
         return Forecaster(
             workload=self._reference.workload,
@@ -203,6 +213,7 @@ class _Trial:
             decision_is_measured=True,
             provenance=provenance(0, "own-generation"),
             path_costs=path_costs,
+            own_costs=own_costs,
         )
 
     def _measure(self, run: _Measured) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,6 +24,7 @@ from .engines import engine_for, run
 from .layer_times import layer_times
 from .lessons import has_token_ids
 from .machine import MachineFile
+from .own_costs import OwnCosts
 from .paths import PathCosts
 from .policy.future import Future
 from .policy.registry import misses, predictors
@@ -46,8 +47,9 @@ class Forecaster:
     `decision_is_measured` says that the rows behind `costs` hold the policy's time already; otherwise each
     policy's own code is timed here, on this machine, before it is charged; once for each set of members, so that
     predictions differ by the policies and not by the minute (`decisions_s`). `is_declared` says that nobody
-    measured this machine. `path_costs` is the path predictor's own time, charged to policies that use it. `regrouping`
-    is what became of the recorded batches if `workload` is a regrouped one.
+    measured this machine. `path_costs` is the path predictor's own time, charged to policies that use it, and
+    `own_costs`, by `PolicySpec.code`, all that was measured in a run of a policy itself, in place of anything else.
+    `regrouping` is what became of the recorded batches if `workload` is a regrouped one.
     """
 
     workload: Workload
@@ -64,6 +66,7 @@ class Forecaster:
     warnings: tuple[str, ...] = ()
     decisions_s: dict[tuple[str, ...], float] = field(default_factory=dict, compare=False)
     path_costs: PathCosts | None = None
+    own_costs: Mapping[tuple[str, ...], OwnCosts] = field(default_factory=dict)
     regrouping: RegroupingResult | None = None
 
     def predict(
@@ -249,6 +252,8 @@ class Forecaster:
         costs = self._with_decisions(spec)
         if spec.reroutes and not self.is_declared:
             costs = costs.with_routing(*self._routing_s(spec))
+        if (own := self.own_costs.get(spec.code)) is not None:
+            return own.charged(costs)
         if self.path_costs is not None and "paths" in predictors.get(spec.predictor.name).needs:
             # In units it is asked once before the turns, and charged there.
             asked = self.path_costs if self.regrouping is None else self.path_costs.of_prompts()
@@ -289,10 +294,9 @@ class Forecaster:
     def _with_decisions(self, spec: PolicySpec) -> CostModel:
         if self.decision_is_measured:
             return self.costs
-        members = tuple(str(member) for member in spec.members.values())
-        if members not in self.decisions_s:
-            self.decisions_s[members] = measure_decision_s(self.workload, spec, self.shape)
-        return self.costs.with_policy_costs(self.decisions_s[members], self.submit_s)
+        if spec.code not in self.decisions_s:
+            self.decisions_s[spec.code] = measure_decision_s(self.workload, spec, self.shape)
+        return self.costs.with_policy_costs(self.decisions_s[spec.code], self.submit_s)
 
     def _context(self, spec: PolicySpec) -> RunContext:
         return RunContext(

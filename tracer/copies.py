@@ -19,6 +19,7 @@ import torch
 
 from .errors import UsageError
 from .quantities import LinkSpec
+from .switching import hasten, relax
 from .types import ExpertKey, Why
 
 CHUNK_BYTES = 4 * 2**20
@@ -125,6 +126,7 @@ class ThreadCopyEngine:
         self._is_closed = False
         self._free_at = 0.0
         self._thread = threading.Thread(target=self._run, name="expertflow-copies", daemon=True)
+        hasten()
         self._thread.start()
 
     def submit(self, copies: Sequence[Copy]) -> None:
@@ -175,11 +177,13 @@ class ThreadCopyEngine:
         return _drain(self._records)
 
     def close(self) -> None:
-        """Stop the thread; queued copies are dropped."""
+        """Stop the thread; queued copies are dropped. Nothing happens the second time."""
         with self._wake:
-            self._is_closed = True
+            was_closed, self._is_closed = self._is_closed, True
             self._wake.notify()
         self._thread.join()
+        if not was_closed:
+            relax()
 
     def _run(self) -> None:
         _fine_sleep()
