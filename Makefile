@@ -40,9 +40,12 @@ bench: setup
 	$(BIN)/python benchmarks/tracing_overhead.py
 	$(BIN)/python benchmarks/path_predictor.py
 	$(BIN)/python benchmarks/predictors.py
+	$(BIN)/python benchmarks/switch_interval.py
 	$(BIN)/python benchmarks/token_scheduler.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/des.py
 	$(BIN)/python benchmarks/reproduction.py
+	$(BIN)/python benchmarks/runtime_bounds.py
 
 # Runs from the tree with the machine's own Python: no install, no network.
 gpu:

@@ -162,7 +162,7 @@ def embedded_model(report: Report, folder: Path, size: Size) -> None:
             "waited for. Ours: embedded model, measured; resident when demanded, and with those waited for",
             (
                 "share of experts, batch", "PLEC, paper", "LRU, paper", "PLEC, ours", "with late ones",
-                "LRU, ours", "difference, paper", "difference, ours",
+                "LRU, ours", "difference, paper", "difference, ours with late ones",
             ),
             hits,
         )
@@ -262,7 +262,7 @@ def setting(
         f"{100 * (plec.hit_rate + plec.late_rate):.2f}",
         f"{100 * lru.hit_rate:.2f}",
         f"{float(paper[0]) - float(paper[1]):.1f}",
-        f"{100 * (plec.hit_rate - lru.hit_rate):.1f}",
+        f"{100 * (plec.hit_rate + plec.late_rate - lru.hit_rate - lru.late_rate):.1f}",
     )
 
 
