@@ -122,14 +122,14 @@ def measured(report: Report, trial: Trial, size: Size) -> None:
         f"are {' and '.join(f'{share:.0%}' for share in SHARES)} of it."
     )
     everything = [pair for found in pairs.values() for pair in found]
-    for name, of in (
-        ("time per token, p50", COLUMNS[2][1]),
-        ("time to the first token, p50", COLUMNS[0][1]),
+    # Near what the machine can serve, waiting says more about the last percent of speed than about the forecast.
+    light = [found for (_, rate), found in pairs.items() if rate == rates[0]]
+    for name, of, cells in (
+        ("time per token, p50: median gap over cells", COLUMNS[2][1], list(pairs.values())),
+        ("time to the first token at the lower rate, p50: median gap", COLUMNS[0][1], light),
     ):
-        gaps = [abs(gap(found, of)) for found in pairs.values()]
-        report.bar(
-            f"{name}: median gap over cells", 100 * statistics.median(gaps), 10, "%", at_least=False
-        )
+        gaps = [abs(gap(found, of)) for found in cells]
+        report.bar(name, 100 * statistics.median(gaps), 10, "%", at_least=False)
     sound = sum(bool(p.measured.same_tokens and p.measured.log_replays) for p in everything)
     report.bar(
         "runs with the text of each prompt alone and a log that replays",

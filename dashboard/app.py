@@ -26,6 +26,7 @@ from expertflow.dashboard.data import data_root, discover  # noqa: E402
 from expertflow.dashboard.views import (  # noqa: E402
     capacity,
     compare,
+    live,
     overview,
     policy,
     routing,
@@ -37,7 +38,7 @@ from expertflow.dashboard.views import (  # noqa: E402
 
 # Pages by what they rest on; a page's name is its address.
 SECTIONS = {
-    "Recorded": {"Overview": overview, "Routing": routing, "Timeline": timeline},
+    "Recorded": {"Overview": overview, "Routing": routing, "Timeline": timeline, "Live": live},
     "Predicted": {"Capacity": capacity, "What-if": what_if, "Sweep": sweep},
     "Decided": {"Policy": policy, "Verify": verify, "Compare": compare},
 }

@@ -32,6 +32,8 @@ from ..simulator.result import (
 from ..simulator.sweep_folder import DOCUMENT, PARTS, RESULTS, SWEEP_FORMAT, SweepFile
 from ..simulator.sweep_row import SCHEMA
 from ..tracer.errors import InputError, TraceError
+from ..tracer.live import LIVE_FORMAT, LiveStatus
+from ..tracer.live import SUFFIX as LIVE_SUFFIX
 from ..tracer.records import from_json, read_json
 from ..tracer.schema import FORMAT as TRACE_FORMAT
 from ..tracer.schema import TABLES, Manifest, table_schemas
@@ -40,6 +42,7 @@ from ..tracer.store import read_manifest, read_part
 MAX_DEPTH: Final = 4
 MAX_FILES: Final = 2_000
 MAX_JSON_BYTES: Final = 64 * 2**20
+MAX_LIVE_BYTES: Final = 2**20
 ALL: Final = "all"
 
 T = TypeVar("T")
@@ -93,6 +96,7 @@ class Catalog:
     policies: tuple[Found[PolicyFile], ...] = ()
     machines: tuple[Found[MachineFile], ...] = ()
     sweeps: tuple[Found[SweepFile], ...] = ()
+    lives: tuple[Found[LiveStatus], ...] = ()
     problems: tuple[Problem, ...] = ()
 
 
@@ -188,6 +192,7 @@ def _catalog(
         policies=tuple(found[POLICY_FORMAT]),
         machines=tuple(found[MACHINE_FORMAT]),
         sweeps=tuple(found[SWEEP_FORMAT]),
+        lives=tuple(found[LIVE_FORMAT]),
         problems=tuple(problems),
     )
 
@@ -219,6 +224,24 @@ def sequence_summary(trace: Found[Manifest]) -> SequenceSummary | Problem:
         return Problem(f"{trace.name}: sequences", reason_of(error, trace.path, trace.path))
 
 
+def live_runs(catalog: Catalog) -> list[Found[LiveStatus]]:
+    """What commands say of themselves now: files that were found before, and those that have come since.
+
+    They change every second, so no cache keeps them. What cannot be read at this moment is left out.
+    """
+    known = [one.path for one in catalog.lives]
+    come = [p for p in _json_files(catalog.root, []) if p.name.endswith(LIVE_SUFFIX)]
+    found: list[Found[LiveStatus]] = []
+    for path in dict.fromkeys([*known, *come]):
+        try:
+            if path.stat().st_size <= MAX_LIVE_BYTES:
+                value = from_json(LiveStatus, read_json(path))
+                found.append(Found(path.relative_to(catalog.root).as_posix(), path, value))
+        except BAD_INPUT:
+            continue
+    return found
+
+
 def sweep_table(sweep: Found[SweepFile]) -> pa.Table | Problem:
     """The rows of a sweep, finished or not, or what kept them from being read."""
     try:
@@ -237,6 +260,7 @@ _KINDS: Final[Mapping[str, type[Any]]] = {
     POLICY_FORMAT: PolicyFile,
     MACHINE_FORMAT: MachineFile,
     SWEEP_FORMAT: SweepFile,
+    LIVE_FORMAT: LiveStatus,
 }
 _FOLDERS: Final = frozenset({TRACE_FORMAT, SWEEP_FORMAT})
 """Formats of which the folder is the thing, and the JSON in it tells what it is."""
@@ -244,18 +268,23 @@ _FOLDERS: Final = frozenset({TRACE_FORMAT, SWEEP_FORMAT})
 
 _NOT_SHOWN: Final = frozenset(
     {
+        "expertflow.baselines/1",
         "expertflow.check/1",
         "expertflow.curve/1",
         "expertflow.doctor/1",
         "expertflow.export/1",
+        "expertflow.flags/1",
+        "expertflow.gpu-bench/1",
         "expertflow.import/1",
         "expertflow.info/1",
         "expertflow.members/1",
         "expertflow.profile/1",
         "expertflow.profiles/1",
         "expertflow.merge/1",
+        "expertflow.plan/1",
         "expertflow.report/1",
         "expertflow.run/1",
+        "expertflow.run_plan/1",
         "expertflow.sample/1",
         "expertflow.split/1",
     }

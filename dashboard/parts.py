@@ -167,6 +167,7 @@ def sidebar(catalog: Catalog) -> None:
         ("single runs", len(catalog.results)),
         ("sweeps", len(catalog.sweeps)),
         ("machines", len(catalog.machines)),
+        ("watched runs", len(catalog.lives)),
     ]
     st.caption(" · ".join(f"{name}: {number}" for name, number in counts))
     if catalog.problems:

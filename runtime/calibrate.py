@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..simulator.account import RunRecord, largest_waves
-from ..simulator.costs import CostModel, as_one_walk, fit_costs
+from ..simulator.costs import CostModel, Linear, as_one_walk, fit_costs
 from ..simulator.own_costs import OwnCosts
 from ..simulator.paths import PathCosts
 from ..simulator.policy.registry import predictors
@@ -29,9 +29,10 @@ from ..tracer.memory import measure_memory, spread_by_size
 from ..tracer.prompts import batches
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import LinkCurve, LinkProfile, MemoryPoint, ModelShape
+from .cpu_times import cpu_spec, fit_cpu_expert
 from .kv_rows import measure_kv_move
 from .loads import Places, loads_by_event
-from .machine import Machine, device_name, predictor_bytes
+from .machine import Machine, device_name, generate_all, predictor_bytes
 from .own_costs import own_costs
 from .paths.latency import measure_latency
 
@@ -71,9 +72,10 @@ class Calibration:
         machine = self._machine
         shape = machine.loaded.shape
         runs: list[tuple[PolicySpec, RunRecord]] = []
-        for spec in self.specs:
-            runs.append((spec, self._run(spec)))
-            advance(1)
+        with machine.always_asking():
+            for spec in self.specs:
+                runs += [(spec, record) for record in self._runs(spec)]
+                advance(1)
         costs = calibrate(
             runs,
             shape=shape,
@@ -108,6 +110,23 @@ class Calibration:
         pass_s = path_seconds(asking, without, costs)
         return PathCosts(pass_s=pass_s, latency=latency, num_bytes=predictor_bytes(model))
 
+    def measure_cpu(self) -> Linear:
+        """Seconds of one expert on the CPU by (1, tokens), from a run that computes its misses there.
+
+        With the model, the copies and the hand-over beside it, as in a run that is judged.
+        """
+        spec = cpu_spec(self._machine.loaded.shape, _ODD_SHARE)
+        with self._machine.session(spec) as session:
+            generate_all(
+                self._machine.loaded,
+                self._prompts,
+                batch_size=self._batch_size,
+                max_new_tokens=self._max_new_tokens,
+                observer=session,
+            )
+            assert session.cpu is not None
+            return fit_cpu_expert(session.cpu.work)
+
     def measure_own(
         self, costs: CostModel, specs: Sequence[PolicySpec], advance: Callable[[int], None]
     ) -> dict[tuple[str, ...], OwnCosts]:
@@ -116,11 +135,15 @@ class Calibration:
         slots = max(1, round(_ODD_SHARE * self._machine.loaded.shape.total_experts))
         found: dict[tuple[str, ...], OwnCosts] = {}
         for code, spec in asked.items():
-            runs_beside = "paths" in spec.needs()
+            runs_beside = bool(spec.needs() & {"paths", "cpu_times"})
             plain = self._walked(make_spec(slots=slots), costs) if runs_beside else None
             found[code] = own_costs(self._walked(spec.with_slots(slots), costs), costs, plain)
             advance(1)
         return found
+
+    def _runs(self, spec: PolicySpec) -> list[RunRecord]:
+        """Runs that show what one policy costs."""
+        return [self._run(spec)]
 
     def _walked(self, spec: PolicySpec, costs: CostModel) -> RunRecord:
         return _one_walk(spec, self._run(spec), self._machine.loaded.shape, costs.group_s)
@@ -138,9 +161,13 @@ class Calibration:
 
 
 def has_own_costs(spec: PolicySpec) -> bool:
-    """Whether a policy's predictor is other than gates of the next layer, which calibration knows; needs no future."""
+    """Whether a policy does what calibration does not know: predicts other than by the next gate, computes on the CPU.
+
+    Those that need the future cannot be run.
+    """
     needs = predictors.get(spec.predictor.name).needs
     is_known = not spec.predicts or (needs == {"lookahead"} and spec.lookahead_depth == 1)
+    is_known = is_known and "cpu_times" not in spec.needs()
     return not is_known and "future" not in needs and spec.scheduler == IN_ORDER
 
 

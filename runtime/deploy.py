@@ -10,12 +10,16 @@ from pathlib import Path
 import torch
 
 from ..simulator.policy.spec import PolicyFile, PolicySpec, check_shape
-from ..simulator.result import Result, TextChange
+from ..simulator.result import MemoryResult, Result, TextChange
 from ..tracer.blocks import Tier
 from ..tracer.errors import ResourceError, UsageError
-from ..tracer.generate import Generated, Prompt
+from ..tracer.generate import Generated, Prompt, StepObserver
+from ..tracer.images import image_reader
+from ..tracer.live import LiveFile, WatchedPasses
 from ..tracer.load import LoadedModel, choose_device, load_model
+from ..tracer.memory import SilentObserver
 from ..tracer.placement import choose_residency, choose_tier, free_bytes, use_threads
+from ..tracer.probe import command_line
 from ..tracer.prompts import (
     MAX_PROMPT_TOKENS,
     PromptText,
@@ -24,15 +28,23 @@ from ..tracer.prompts import (
     tokenize,
 )
 from ..tracer.quantities import LinkSpec, format_bytes
+from ..tracer.records import to_json
 from ..tracer.types import ModelShape
-from .machine import Machine, generate_all
+from .machine import Machine, Watch, device_name, generate_all
 from .paths.files import load_predictor
 from .paths.model import PathModel
+from .run_plan import plan_run, require_run
+from .session import Session
+from .watch import SessionSums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """What a measured run needs beside its policy."""
+    """What a measured run needs beside its policy.
+
+    `memory` is what the device may hold, as text; None: what it has free. A `machine` file has measured peaks of
+    working tensors for the memory plan. `live` is a file that says how the run goes.
+    """
 
     model: str | None = None
     prompts: Path | None = None
@@ -47,6 +59,9 @@ class RunRequest:
     pin: bool = True
     check_text: bool = True
     paths: Path | None = None
+    memory: str | None = None
+    machine: Path | None = None
+    live: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +93,12 @@ def load(request: RunRequest, model: str, *, held_out_from: PolicyFile | None) -
     texts = read_prompts(request.prompts)
     if held_out_from is not None:
         texts = held_out(texts, held_out_from)
-    loaded = load_model(model, device=device, dtype=request.dtype)
-    prompts = tokenize(loaded.tokenizer, choose_prompts(texts, request.limit), MAX_PROMPT_TOKENS)
+    loaded = load_model(model, device=device, dtype=request.dtype, tier=tier)
+    texts = choose_prompts(texts, request.limit)
+    images = image_reader(loaded, texts)
+    prompts = tokenize(loaded.tokenizer, texts, MAX_PROMPT_TOKENS, images)
+    if images is not None:
+        images.require_batches(prompts, texts, request.batch_size)
     return Prepared(loaded, device, link, tier, prompts)
 
 
@@ -87,6 +106,13 @@ def held_out(texts: Sequence[PromptText], policy: PolicyFile) -> list[PromptText
     """Prompts the policy has not been tuned on; all of them if none is left."""
     seen = set(policy.evidence.get("prompt_sha256", ()))
     return [text for text in texts if text.sha256 not in seen] or list(texts)
+
+
+def check_room(policy: PolicyFile, request: RunRequest) -> None:
+    """Refuse before loading what cannot fit. Raises ResourceError with the sums by class."""
+    plan, needs = plan_run(policy, request, free_bytes)
+    free = free_bytes(choose_device(request.device))  # a larger --memory does not make it more
+    require_run(replace(plan, device_bytes=min(plan.device_bytes, free)), needs)
 
 
 def require_room(spec: PolicySpec, prepared: Prepared) -> None:
@@ -113,7 +139,10 @@ def path_predictor(
 
 
 def reference_text(
-    prepared: Prepared, request: RunRequest, say: Callable[[str], None]
+    prepared: Prepared,
+    request: RunRequest,
+    say: Callable[[str], None],
+    live: LiveFile | None = None,
 ) -> list[Generated] | None:
     """The resident model's own text; None, said aloud, if it does not fit the device."""
     loaded = prepared.loaded
@@ -121,11 +150,14 @@ def reference_text(
         say("The resident model does not fit the device; its text is not compared.")
         return None
     loaded.model.to(prepared.device)
+    if live is not None:
+        live.phase("the resident model's text", len(prepared.prompts) * request.max_new_tokens)
     return generate_all(
         loaded,
         prepared.prompts,
         batch_size=request.batch_size,
         max_new_tokens=request.max_new_tokens,
+        observer=None if live is None else WatchedPasses(SilentObserver(), live),
     )
 
 
@@ -147,12 +179,20 @@ def text_change(one: Sequence[Generated], resident: Sequence[Generated]) -> Text
 
 
 def deploy(policy: PolicyFile, request: RunRequest, *, say: Callable[[str], None]) -> Result:
-    """Run a policy for real and measure it."""
+    """Run a policy for real and measure it. Raises ResourceError before the model is loaded if it does not fit."""
+    check_room(policy, request)
+    with LiveFile(request.live, "deploy", command_line()) as live:
+        return _deployed(policy, request, say, live)
+
+
+def _deployed(
+    policy: PolicyFile, request: RunRequest, say: Callable[[str], None], live: LiveFile
+) -> Result:
     prepared = prepare(request, policy)
     spec = policy.behaviour
-    require_room(spec, prepared)
     say(f"{prepared.loaded.shape.model_id} on {prepared.device}: {spec.label}")
-    reference = reference_text(prepared, request, say) if request.check_text else None
+    live.tell(model_id=policy.shape.model_id, device=device_name(prepared.device), label=spec.label)
+    reference = reference_text(prepared, request, say, live) if request.check_text else None
     machine = Machine(
         prepared.loaded,
         prepared.device,
@@ -162,6 +202,9 @@ def deploy(policy: PolicyFile, request: RunRequest, *, say: Callable[[str], None
         trace_id=policy.trace,
         paths=path_predictor(request.paths, prepared.device, policy.shape),
     )
+    live.tell(link=machine.link_name, link_origin=machine.link_origin)
+    live.phase("warming up and measuring memory")
+    machine.watch = _watch(live, len(prepared.prompts) * request.max_new_tokens)
     try:
         record, outputs = machine.run(
             spec,
@@ -176,3 +219,15 @@ def deploy(policy: PolicyFile, request: RunRequest, *, say: Callable[[str], None
         return replace(result, text=text_change(outputs, reference))
     finally:
         machine.close()
+
+
+def _watch(live: LiveFile, most_tokens: int) -> Watch:
+    """Tells a live file of the timed run: its memory when it begins, then its passes."""
+
+    def begin(session: Session, memory: MemoryResult) -> StepObserver:
+        live.tell(memory={name: size for name, size in to_json(memory).items() if size})
+        sums = SessionSums(session)
+        live.phase("running under the policy", most_tokens, sums)
+        return WatchedPasses(session, live, after=sums)
+
+    return begin

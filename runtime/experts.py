@@ -1,36 +1,44 @@
-"""The runtime's side of the model seam: answers one layer's events under the policy."""
+"""The runtime's side of the model seam: what one layer's events demand, and how they are computed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..simulator.policy.base import NO_PATH, NO_SIGNALS, Demand, Signals
-from ..tracer.copies import Copy
+from ..simulator.policy.base import NO_PATH, NO_SIGNALS, Signals, Wave
 from ..tracer.hooks import ExpertLayer, gate_choice, stock_function
 from ..tracer.slotwise import SlotCompute, combine
 from ..tracer.store import NO_EXPERT
+from .cpu_experts import CpuExperts, HandedOver
 
 if TYPE_CHECKING:
     from .session import Session
 
 
 class OffloadedExperts:
-    """Handler of one MoE layer: decide, load, wait, compute, release. See tracer.hooks."""
+    """Handler of one MoE layer. See tracer.hooks; what is done with an event is in driver.py."""
 
     def __init__(self, session: Session, layer: ExpertLayer) -> None:
         self._session = session
         self._layer = layer.index
         pool = session.pool(layer.index)
-        self._compute = SlotCompute(
+        self.compute = SlotCompute(
             session.store.stand_in(layer, pool),
             stock_function(layer.module, session.implementation),
             num_experts=session.shape.num_experts,
             first_slot=pool.slots.start,
+            is_batched=session.implementation == "batched_mm",
         )
+        self._has_settled = False
+        self.cpu: CpuExperts | None = None
+        if session.cpu is not None:
+            self.cpu = CpuExperts(
+                layer, session.store.blocks, session.cpu, session.device, session.implementation
+            )
 
     @torch.inference_mode()
     def __call__(
@@ -45,6 +53,8 @@ class OffloadedExperts:
         timer.enter()
         chosen = top_k_index.cpu().numpy()
         timer.lap("readback_s")
+        if session.settled:
+            return self._settled(hidden_states, top_k_index, chosen, top_k_weights)
         if session.chosen is not None:
             session.chosen[self._layer] = chosen
         wanted = chosen
@@ -56,46 +66,32 @@ class OffloadedExperts:
         weights = self._weights(top_k_weights, chosen)
         if session.loads_whole_layers:
             experts, counts, weights = self._all(experts, counts, weights)
-        demand = session.demand(self._layer, experts.tolist(), counts.tolist(), weights)
-        output = self._run(demand, hidden_states, wanted, chosen, top_k_weights)
-        session.release(self._layer)
+        work = _Event(self, hidden_states, wanted, chosen, top_k_weights)
+        answer = session.driver.event(self._layer, experts.tolist(), counts.tolist(), weights, work)
         timer.lap("decision_s")
-        timer.leave(self._layer, distinct=len(experts), waves=len(demand.waves))
+        output = work.output()
+        if work.is_gathered:
+            timer.lap("experts_s")
+        timer.leave(self._layer, distinct=len(experts), waves=len(answer.waves))
         return output
 
-    def _run(
+    def _settled(
         self,
-        demand: Demand,
         hidden_states: torch.Tensor,
-        wanted: np.ndarray,
+        top_k_index: torch.Tensor,
         chosen: np.ndarray,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        session, timer, compute = self._session, self._session.timer, self._compute
-        partial: torch.Tensor | None = None
-        output = hidden_states
-        needed: list[Copy] = []
-        for wave in demand.waves:
-            copies = session.submit(wave.loads)
-            timer.lap("decision_s")
-            if wave is demand.waves[-1]:
-                session.prefetch(self._layer, self._signals(hidden_states, wanted))
-                timer.lap("lookahead_s")
-            needed += [*session.store.hurry(wave.late), *copies]
-            if wave.waits:
-                session.store.wait(needed)
-                needed = []
-            timer.lap("stall_s")
-            if len(demand.waves) == 1:
-                output = compute.whole(
-                    wave.experts, wave.slots, hidden_states, chosen, top_k_weights
-                )
-            else:
-                partial = compute.wave(wave.experts, wave.slots, hidden_states, chosen, partial)
-            timer.lap("experts_s")
-        if partial is not None:
-            output = combine(partial, hidden_states, top_k_weights)
-            timer.lap("experts_s")
+        """Every expert is in its slot for good: compute, and note what the core will be told later."""
+        session, timer = self._session, self._session.timer
+        if not self._has_settled:
+            self._has_settled = True
+            self.compute.settle(session.slots(self._layer), hidden_states.device)
+        output = self.compute.settled(hidden_states, top_k_index, top_k_weights)
+        timer.lap("experts_s")
+        distinct = session.settled.note(self._layer, chosen)
+        timer.lap("decision_s")
+        timer.leave(self._layer, distinct=distinct, waves=1)
         return output
 
     def _all(
@@ -118,7 +114,8 @@ class OffloadedExperts:
         _, inverse = np.unique(chosen, return_inverse=True)
         return np.bincount(inverse.ravel(), weights.ravel()).tolist()
 
-    def _signals(self, hidden_states: torch.Tensor, chosen: np.ndarray) -> Signals:
+    def signals(self, hidden_states: torch.Tensor, chosen: np.ndarray) -> Signals:
+        """What predictors may know now that the layer has been routed."""
         session = self._session
         found: dict[int, list[list[int]]] = {}
         for ahead in range(1, session.lookahead + 1):
@@ -130,6 +127,71 @@ class OffloadedExperts:
             tokens = session.tokens
             return Signals(found, _without_holes(chosen), tokens.sequence, tokens.token_id, path)
         return Signals(found, path=path) if found or path else NO_SIGNALS
+
+
+class _Event:
+    """One event's tokens: computed at once if all is in the slots, else gathered from waves and from the CPU."""
+
+    __slots__ = (
+        "_chosen",
+        "_handed",
+        "_owner",
+        "_partial",
+        "_states",
+        "_wanted",
+        "_weights",
+        "_whole",
+    )
+
+    def __init__(
+        self,
+        owner: OffloadedExperts,
+        hidden_states: torch.Tensor,
+        wanted: np.ndarray,
+        chosen: np.ndarray,
+        top_k_weights: torch.Tensor,
+    ) -> None:
+        self._owner = owner
+        self._states = hidden_states
+        self._wanted = wanted
+        self._chosen = chosen
+        self._weights = top_k_weights
+        self._handed: HandedOver | None = None
+        self._partial: torch.Tensor | None = None
+        self._whole = hidden_states
+
+    def hand_over(self, experts: Sequence[int]) -> None:
+        """See driver.EventWork."""
+        assert self._owner.cpu is not None
+        self._handed = self._owner.cpu.hand_over(experts, self._states, self._chosen)
+
+    def signals(self) -> Signals:
+        """See driver.EventWork."""
+        return self._owner.signals(self._states, self._wanted)
+
+    def wave(self, wave: Wave, *, is_all: bool) -> None:
+        """See driver.EventWork."""
+        compute, states, chosen = self._owner.compute, self._states, self._chosen
+        if is_all:
+            self._whole = compute.whole(wave.experts, wave.slots, states, chosen, self._weights)
+        elif wave.experts:
+            self._partial = compute.wave(wave.experts, wave.slots, states, chosen, self._partial)
+
+    def take_back(self) -> None:
+        """See driver.EventWork."""
+        assert self._handed is not None
+        self._partial = self._handed.gathered(self._partial)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether its rows have yet to be combined."""
+        return self._partial is not None
+
+    def output(self) -> torch.Tensor:
+        """The layer's: [tokens, hidden]."""
+        if self._partial is None:
+            return self._whole
+        return combine(self._partial, self._states, self._weights)
 
 
 def _without_holes(chosen: np.ndarray) -> list[list[int]]:

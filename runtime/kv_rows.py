@@ -1,7 +1,7 @@
 """Rows of KV caches: made equally wide, and moved between batches.
 
 Only caches that keep every position of every layer are moved. A row is one sequence: keys and values
-[rows, heads, positions, size] of each layer.
+[rows, heads, positions, size] of each layer. Where sequences share a row (serving_pack.py), a column is one token.
 """
 
 from __future__ import annotations
@@ -67,6 +67,13 @@ def move_rows(caches: Sequence[Any], placements: Sequence[Placement]) -> list[An
                 base = columns[placement.base][layer]
                 setattr(base, part, _written(old[placement.base], placement, rows))
     return kept
+
+
+def keep_columns(cache: Any, columns: torch.Tensor) -> None:
+    """Drop all positions but these, which are in ascending order: [columns], on the cache's device."""
+    for layer in _layers(cache):
+        for part in _PARTS:
+            setattr(layer, part, getattr(layer, part).index_select(-2, columns))
 
 
 def _layers(cache: Any) -> list[Any]:

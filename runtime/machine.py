@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from ..simulator.account import RunContext, RunRecord, SequenceTimes, summarize
 from ..simulator.bounds import measured_bounds
 from ..simulator.policy.replay import replay
 from ..simulator.policy.spec import PolicySpec
-from ..simulator.result import MemoryResult, Result
+from ..simulator.result import ArrivalResult, Bounds, MemoryResult, Result
 from ..tracer.blocks import HostBlocks, Tier
 from ..tracer.generate import Generated, Prompt, StepObserver, StepTokens, greedy
 from ..tracer.load import LoadedModel
@@ -29,12 +29,15 @@ from .units import UnitLoop, units_of
 
 _WARM_UP_TOKENS = 3
 
+Watch = Callable[[Session, MemoryResult], StepObserver]
+
 
 class Machine:
     """One loaded model on one device, ready to run under any policy.
 
     Making it packs the experts and empties the model's own expert weights; run what needs the resident
-    model before. `paths` is a path predictor on the same device, for policies that ask one.
+    model before. `paths` is a path predictor on the same device, for policies that ask one. `blocks` are the experts
+    if they have been packed already.
     """
 
     def __init__(
@@ -47,16 +50,20 @@ class Machine:
         pin: bool = True,
         trace_id: str = "",
         paths: PathModel | None = None,
+        blocks: HostBlocks | None = None,
     ) -> None:
         self.loaded = loaded
         self.device = device
         self.link = link
         self.trace_id = trace_id
         self.paths = paths
-        self.blocks = HostBlocks(
-            loaded.layers, tier=tier, pin=pin and device.type == "cuda" and tier == "ram"
+        self._settles = True
+        self.blocks = blocks or loaded.pack(
+            tier=tier, pin=pin and device.type == "cuda" and tier == "ram"
         )
         loaded.model.to(device)
+        self.watch: Watch | None = None
+        """Given a session and its memory before a run, what is to see its passes in the session's place."""
 
     @property
     def link_name(self) -> str:
@@ -76,12 +83,27 @@ class Machine:
     def session(self, spec: PolicySpec) -> Iterator[Session]:
         """The model under a policy, while the context is open."""
         session = Session(
-            self.loaded, self.blocks, spec, self.device, link=self.link, paths=self.paths
+            self.loaded,
+            self.blocks,
+            spec,
+            self.device,
+            link=self.link,
+            paths=self.paths,
+            settles=self._settles,
         )
         try:
             yield session
         finally:
             session.close()
+
+    @contextmanager
+    def always_asking(self) -> Iterator[None]:
+        """Sessions begun meanwhile ask the core of every event, even where all is settled: to see what that takes."""
+        self._settles = False
+        try:
+            yield
+        finally:
+            self._settles = True
 
     def run(
         self,
@@ -95,17 +117,18 @@ class Machine:
         """Generate under a policy and keep the raw rows. A short warm-up comes before and is dropped."""
         self._warm_up(spec, prompts[:1])
         measured = memory or self.peak_memory(spec, prompts, batch_size)
-        with self.session(spec) as session, _no_collector():
-            loop = self._loop(session, batch_size, max_new_tokens)
+        with self.session(spec) as session, no_collector():
+            observer = session if self.watch is None else self.watch(session, measured)
+            loop = self._loop(session, batch_size, max_new_tokens, observer)
             if loop is None:
-                outputs = self._generate(session, prompts, batch_size, max_new_tokens)
+                outputs = self._generate(observer, prompts, batch_size, max_new_tokens)
             else:
                 outputs = loop.run(prompts)
             record = RunRecord(
                 steps=session.take_steps(),
                 copies=session.copies(),
                 log=session.log,
-                sequences=_sequence_times(prompts, outputs),
+                sequences=sequence_times(prompts, outputs),
                 memory=measured,
                 regrouping=None if loop is None else loop.result(),
                 routing=session.routing.result() if session.routing is not None else None,
@@ -119,8 +142,9 @@ class Machine:
         *,
         batch_size: int,
         same_tokens: bool | None = None,
+        arrivals: ArrivalResult | None = None,
     ) -> Result:
-        """Add a run up and check that its log replays."""
+        """Add a run up and check that its log replays. `arrivals` says how requests were served that arrived."""
         context = RunContext(
             source="measured",
             spec=spec,
@@ -133,10 +157,13 @@ class Machine:
             provenance=provenance(0, "own-generation"),
         )
         replayed = replay(record.log, spec, self.loaded.shape)
-        result = summarize(record, context)
+        result = summarize(record, context, arrivals=arrivals)
+        bounds = measured_bounds(result, record, spec, self.loaded.shape)
+        if arrivals is not None and arrivals.offered_per_s > 0:
+            bounds = Bounds()  # the machine was idle in between: nothing bounds that
         return replace(
             result,
-            bounds=measured_bounds(result, record, spec, self.loaded.shape),
+            bounds=bounds,
             regrouping=record.regrouping,
             same_tokens=same_tokens,
             log_replays=replayed.is_exact,
@@ -163,18 +190,26 @@ class Machine:
         info, peak = max(found, key=lambda item: item[1])
         kv_bytes = self.loaded.shape.kv_bytes_per_token * positions[info.step]
         return MemoryResult(
-            non_expert_weights=_parameter_bytes(self.loaded),
+            non_expert_weights=parameter_bytes(self.loaded),
             slots=slots,
             kv_cache=min(kv_bytes, peak),
             activations=max(0, peak - kv_bytes),
             predictor=predictor_bytes(self.paths) if "paths" in spec.needs() else 0,
         )
 
-    def _loop(self, session: Session, batch_size: int, max_new_tokens: int) -> UnitLoop | None:
+    def _loop(
+        self, session: Session, batch_size: int, max_new_tokens: int, observer: StepObserver
+    ) -> UnitLoop | None:
         """Batches in turns, for policies that regroup them."""
         if session.scheduler is None:
             return None
-        return UnitLoop(self.loaded, session, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        return UnitLoop(
+            self.loaded,
+            session,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            observer=observer,
+        )
 
     def _unit_peaks(
         self, session: Session, prompts: Sequence[Prompt], batch_size: int, first_step: int
@@ -203,7 +238,7 @@ class Machine:
 
     def _generate(
         self,
-        session: Session,
+        observer: StepObserver,
         prompts: Sequence[Prompt],
         batch_size: int,
         max_new_tokens: int,
@@ -211,7 +246,7 @@ class Machine:
         return generate_all(
             self.loaded,
             prompts,
-            observer=session,
+            observer=observer,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
         )
@@ -241,7 +276,7 @@ def device_name(device: torch.device) -> str:
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
     """Keep Python's cycle collector out of timed passes: it walks the whole growing log."""
     gc.collect()
     gc.disable()
@@ -257,7 +292,7 @@ def generate_all(
     *,
     batch_size: int,
     max_new_tokens: int,
-    observer: Session | SilentObserver | None = None,
+    observer: StepObserver | None = None,
 ) -> list[Generated]:
     """Generate greedily for all prompts in batches; without an observer the model runs as it is."""
     outputs: list[Generated] = []
@@ -290,7 +325,8 @@ class _Passes:
         return self._observer.end_step()
 
 
-def _sequence_times(prompts: Sequence[Prompt], outputs: Sequence[Generated]) -> list[SequenceTimes]:
+def sequence_times(prompts: Sequence[Prompt], outputs: Sequence[Generated]) -> list[SequenceTimes]:
+    """When the tokens of each sequence appeared, for results."""
     lengths = {prompt.sequence: len(prompt.token_ids) for prompt in prompts}
     return [
         SequenceTimes(one.sequence, lengths[one.sequence], tuple(one.token_s)) for one in outputs
@@ -302,6 +338,7 @@ def predictor_bytes(model: PathModel | None) -> int:
     return 0 if model is None else sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _parameter_bytes(loaded: LoadedModel) -> int:
+def parameter_bytes(loaded: LoadedModel) -> int:
+    """Bytes of what a model keeps on its device: weights and buffers, without experts that were packed."""
     tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

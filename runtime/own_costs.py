@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -36,6 +37,7 @@ def _of_phase(
     rows = _rows(record, phase)
     if not len(rows["step"]):
         return PhaseOwnCosts()
+    rows["lookahead_s"] = np.nan_to_num(rows["lookahead_s"])  # no predictor
     asking = costs.phase(phase).lookahead.weights[2] * rows["prefetches"]
     predicting = np.maximum(0.0, rows["lookahead_s"] - asking)
     first = rows["layer"] == rows["layer"].min()
@@ -71,7 +73,7 @@ def _compute_excess(rows: Mapping[str, _Floats], costs: CostModel, phase: Phase)
     before = [rows["demands_before"], rows["prefetches_before"]]
     mixer = np.asarray(fitted.mixer.weights) @ np.stack([one, tokens, context, *before])
     own = [rows["demands"], rows["prefetches"], rows["waves"] - 1]
-    experts = np.asarray(fitted.experts.weights) @ np.stack([one, tokens, rows["distinct"], *own])
+    experts = np.asarray(fitted.experts.weights) @ np.stack([one, tokens, rows["on_device"], *own])
     return _mean(rows["mixer_s"] - mixer + rows["experts_s"] - np.maximum(0.0, experts))
 
 
@@ -88,6 +90,8 @@ def _rows(record: RunRecord, phase: Phase) -> dict[str, _Floats]:
     )  # fmt: skip
     rows = {name: np.asarray(record.steps[name], dtype=np.float64)[is_event] for name in names}
     places = list(zip(rows["step"].astype(int), rows["layer"].astype(int), strict=True))
+    on_cpu = Counter((e.step, e.layer) for e in record.log if e.detail == "cpu")
+    rows["on_device"] = rows["distinct"] - [on_cpu[place] for place in places]
     names = ("demands", "prefetches")
     for name, counts in zip(names, loads_by_event(record.log), strict=True):
         found = np.asarray([counts[place] for place in places], dtype=np.float64)

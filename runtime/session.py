@@ -1,13 +1,8 @@
-"""A model under one policy: the runtime's driver of the decision core.
-
-It keeps the order of the simulator's driver (simulator/engine.py): finished prefetches are reported before
-an event is asked for, prefetches go out behind the event's last demand loads, and an event is released when
-it has been computed. There is no branch on the policy here.
-"""
+"""A model under one policy: the driver of the decision core (driver.py), and all it needs to know of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,7 +10,7 @@ import torch
 from torch import nn
 
 from ..simulator.account import CopyRow
-from ..simulator.policy.base import Demand, Facts, Load, Regrouping, Signals
+from ..simulator.policy.base import Regrouping
 from ..simulator.policy.log import Entry
 from ..simulator.policy.registry import misses, predictors
 from ..simulator.policy.residency import Pool
@@ -23,32 +18,33 @@ from ..simulator.policy.spec import PolicySpec
 from ..simulator.policy.units import regrouping_of
 from ..simulator.regroup import asks_paths
 from ..tracer.blocks import HostBlocks
-from ..tracer.copies import Copy
 from ..tracer.errors import UsageError
 from ..tracer.generate import StepTokens
 from ..tracer.hooks import install
 from ..tracer.load import LoadedModel
 from ..tracer.quantities import LinkSpec
 from ..tracer.timing import StepInfo, StepTimer, step_timer
-from ..tracer.types import ModelShape
+from ..tracer.types import ExpertKey, ModelShape
+from .cpu_experts import CpuThread
+from .driver import Driver
 from .experts import OffloadedExperts
 from .paths.live import LivePaths
 from .paths.model import PathModel
 from .reroute import LiveRouting
+from .settled import Settled
 from .store import ExpertStore
-
-_FORGET_EVERY = 64
-"""Passes after which a session without a log drops its rows."""
 
 
 class Session:
     """Runs `loaded` under `spec` until closed. The blocks outlive it, so policies can be compared.
 
     Implements tracer.generate.StepObserver. If the policy regroups batches, `scheduler` does, and `chosen` holds the
-    experts [tokens, k] of the last pass's tokens by layer (runtime/units.py). Without `keep_log` only counters are
-    kept, for sessions that live long. `paths` is a trained path predictor, for policies that ask one. Raises
-    PolicyError if the policy was made for another shape, UsageError if it needs the future, gates the model does not
-    have, or a predictor that is not given.
+    experts [tokens, k] of the last pass's tokens by layer (runtime/units.py). Without `keep_log` no log is
+    kept, for sessions that live long; whoever makes one takes the rows of steps and copies after each pass. `paths`
+    is a trained path predictor, for policies that ask one. Raises PolicyError if the policy was made for another
+    shape, UsageError if it needs the future, gates the model does not have, or a predictor that is not given,
+    ResourceError if the slots do not fit. `settles`: see settled.py. Whatever it raises, the model is as it was. A
+    pass that fails leaves the session fit for the next one.
     """
 
     def __init__(
@@ -61,43 +57,68 @@ class Session:
         link: LinkSpec | None = None,
         keep_log: bool = True,
         paths: PathModel | None = None,
+        settles: bool = True,
     ) -> None:
         self.shape: ModelShape = loaded.shape
         self.implementation = loaded.implementation
-        self.log: list[Entry] = []
-        self.outcomes = {"hits": 0, "lates": 0, "misses": 0}
+        self._log: list[Entry] = []
         self.timer: StepTimer = step_timer(device)
-        self._core = spec.build(loaded.shape, log=self.log if keep_log else None)
-        if not getattr(misses.get(spec.misses.name), "loads_all", False):
-            raise UsageError(
-                f"misses {spec.misses.name!r} cannot be deployed yet: the runtime loads every missing "
-                "expert. Use `--misses load`, or stay in the simulator."
-            )
+        self._core = spec.build(loaded.shape, log=self._log if keep_log else None)
         self.scheduler: Regrouping | None = regrouping_of(spec.build_scheduler())
         self.chosen: dict[int, np.ndarray] | None = None if self.scheduler is None else {}
         self.path_model: PathModel | None = None
         self._gates = [layer.gate for layer in loaded.layers]
         self.lookahead = self._lookahead_depth(spec)
-        self.paths = self._live_paths(spec, paths)
-        self.routing = LiveRouting(loaded, spec) if spec.reroutes else None
-        self.store = ExpertStore(
-            blocks, spec.slots, device, self.timer.now, link=link, writes_back=spec.writes_back
-        )
-        self._step = -1
-        self._is_prefill = True
+        self.device = device
         self.tokens: StepTokens | None = None
         self.reads_routing = spec.reads_routing
         self.loads_whole_layers = spec.loads_whole_layers
         self.needs_weights = "gate_weights" in spec.needs()
-        self._keeps_log = keep_log
-        self._restore: Callable[[], None] = install(
-            loaded.model, loaded.layers, lambda layer: OffloadedExperts(self, layer)
-        )
-        self.store.wait(self.store.submit(-1, self._core.warm()))
+        with ExitStack() as undo:
+            self.store = ExpertStore(
+                blocks, spec.slots, device, self.timer.now, link=link, writes_back=spec.writes_back
+            )
+            undo.callback(self.store.close)
+            self.driver = Driver(self._core, self.store, self.timer.lap)
+            self.driver.warm()
+            total = loaded.shape.total_experts
+            self.settled = Settled(
+                self._core, self.driver, total if settles and spec.may_settle(total) else None
+            )
+            self.paths = self._live_paths(spec, paths)
+            if self.paths is not None:
+                undo.callback(self.paths.close)
+            self.routing = LiveRouting(loaded, spec) if spec.reroutes else None
+            if self.routing is not None:
+                undo.callback(self.routing.close)
+            self.cpu = CpuThread() if _computes_on_cpu(spec) else None
+            if self.cpu is not None:
+                undo.callback(self.cpu.close)
+            undo.callback(
+                install(loaded.model, loaded.layers, lambda layer: OffloadedExperts(self, layer))
+            )
+            self._undo = undo.pop_all()
+
+    @property
+    def log(self) -> list[Entry]:
+        """Every decision so far, in order; empty without `keep_log`."""
+        self.settled.tell()
+        return self._log
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """Hits, lates and misses so far."""
+        self.settled.tell()
+        return self.driver.outcomes
 
     def pool(self, layer: int) -> Pool:
         """The pool a layer's experts live in."""
         return next(pool for pool in self._core.pools if layer in pool.layers)
+
+    def slots(self, layer: int) -> list[int]:
+        """Where a layer's experts are, all of which must be resident."""
+        found = [self._core.slot_of(ExpertKey(layer, e)) for e in range(self.shape.num_experts)]
+        return [slot for slot in found if slot is not None]
 
     def gate(self, layer: int) -> nn.Module | None:
         """The router of a layer, None past the last."""
@@ -109,8 +130,8 @@ class Session:
 
     def begin_step(self, info: StepInfo, tokens: StepTokens | None = None) -> None:
         """A forward pass starts."""
-        self._step = info.step
-        self._is_prefill = info.phase == "prefill"
+        self.driver.step = info.step
+        self.driver.is_prefill = info.phase == "prefill"
         self.tokens = tokens
         self.timer.begin(info)
         if self.paths is not None and tokens is not None:
@@ -118,41 +139,7 @@ class Session:
 
     def end_step(self) -> float:
         """A forward pass has ended; returns its seconds."""
-        seconds = self.timer.end()
-        if not self._keeps_log and self._step % _FORGET_EVERY == 0:
-            self.take_steps()
-            self.store.count_bytes()
-        return seconds
-
-    def demand(
-        self, layer: int, experts: Sequence[int], tokens: Sequence[int], weights: Sequence[float]
-    ) -> Demand:
-        """Report finished prefetches, ask the core, carry out its cancels.
-
-        `tokens` and `weights` are by expert, as in policy.base.Facts.
-        """
-        for key in self.store.arrived():
-            self._core.loaded(self._step, key)
-        facts = Facts(self._is_prefill, tuple(tokens), tuple(weights))
-        answer = self._core.demand(self._step, layer, experts, facts)
-        for key in answer.cancels:
-            self.store.cancel(key)
-        self.outcomes["hits"] += answer.hits
-        self.outcomes["lates"] += answer.lates
-        self.outcomes["misses"] += answer.misses
-        return answer
-
-    def submit(self, loads: Sequence[Load]) -> list[Copy]:
-        """Start an event's demand loads."""
-        return self.store.submit(self._step, loads)
-
-    def prefetch(self, layer: int, signals: Signals) -> None:
-        """Ask the predictor and start what it wants."""
-        self.store.submit(self._step, self._core.predict(self._step, layer, signals))
-
-    def release(self, layer: int) -> None:
-        """The event has been computed."""
-        self._core.release(self._step, layer)
+        return self.timer.end()
 
     def copies(self) -> list[CopyRow]:
         """Every copy so far, with its times."""
@@ -163,13 +150,8 @@ class Session:
         return self.timer.rows.take()
 
     def close(self) -> None:
-        """Give the model its stock experts function back and stop copying."""
-        self._restore()
-        self.store.close()
-        if self.routing is not None:
-            self.routing.close()
-        if self.paths is not None:
-            self.paths.close()
+        """Give the model its stock experts function back and stop copying. Nothing happens the second time."""
+        self._undo.close()
 
     @property
     def reads_tokens(self) -> bool:
@@ -205,3 +187,7 @@ class Session:
                 "model's gates could not be found. Choose predictor none."
             )
         return spec.lookahead_depth
+
+
+def _computes_on_cpu(spec: PolicySpec) -> bool:
+    return not getattr(misses.get(spec.misses.name), "loads_all", False)

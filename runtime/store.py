@@ -38,7 +38,6 @@ class ExpertStore:
         self._engine = copy_engine(device, now, pinned=blocks.pinned, link=link)
         self._flying: dict[ExpertKey, Copy] = {}
         self._rows: list[CopyRow] = []
-        self._bytes = 0
         # Weights do not change: what comes back is the same, and nobody reads it.
         block = blocks.block(ExpertKey(0, 0))
         self._back = torch.empty_like(block, pin_memory=blocks.pinned) if writes_back else None
@@ -53,7 +52,7 @@ class ExpertStore:
         return StandIn(layer.module, self.arena.part(pool.slots))
 
     def submit(self, step: int, loads: Sequence[Load]) -> list[Copy]:
-        """Start loads; returns their copies, to wait for."""
+        """Start loads; returns their copies, to wait for. Of loads that cannot be started none is on its way."""
         copies = [
             Copy(
                 load.key,
@@ -68,7 +67,13 @@ class ExpertStore:
         for copy in copies:
             if copy.why == "prefetch":
                 self._flying[copy.key] = copy
-        self._engine.submit(copies)
+        try:
+            self._engine.submit(copies)
+        except BaseException:
+            for copy in copies:
+                self._flying.pop(copy.key, None)
+                self._engine.abandon(copy)
+            raise
         return copies
 
     def hurry(self, late: Sequence[ExpertKey]) -> list[Copy]:
@@ -79,7 +84,7 @@ class ExpertStore:
         return flying
 
     def wait(self, copies: Sequence[Copy]) -> bool:
-        """Make compute wait for copies. Returns whether there was anything to wait for."""
+        """Make compute wait for copies. Returns whether there was anything to wait for. Raises ResourceError."""
         if copies:
             self._engine.wait(copies)
         return bool(copies)
@@ -88,10 +93,22 @@ class ExpertStore:
         """Give up a prefetch."""
         self._engine.cancel(self._flying.pop(key))
 
+    def abandon(self, copies: Sequence[Copy], late: Sequence[ExpertKey]) -> set[ExpertKey]:
+        """Nobody waits for these copies and late prefetches any more; returns which of them are in their slots."""
+        unasked = [self._flying.pop(key) for key in late if key in self._flying]
+        return {copy.key for copy in (*copies, *unasked) if self._engine.abandon(copy)}
+
     def arrived(self) -> list[ExpertKey]:
         """Prefetches that ended since the last call, in order of their end."""
+        return self._landed(self._engine.finished())
+
+    def failed(self) -> list[ExpertKey]:
+        """Prefetches that failed since the last call."""
+        return self._landed(self._engine.failed())
+
+    def _landed(self, copies: Sequence[Copy]) -> list[ExpertKey]:
         keys: list[ExpertKey] = []
-        for copy in self._engine.finished():
+        for copy in copies:
             if self._flying.get(copy.key) is copy:
                 del self._flying[copy.key]
                 keys.append(copy.key)
@@ -102,16 +119,15 @@ class ExpertStore:
         self._collect()
         return self._rows
 
-    def count_bytes(self) -> int:
-        """Bytes moved so far, warm loads aside; forgets the rows behind them."""
-        self._collect()
-        self._bytes += sum(row.num_bytes for row in self._rows if row.why != "warm")
-        self._rows.clear()
-        return self._bytes
+    def take_rows(self) -> list[CopyRow]:
+        """The copies that have ended since the last call; forgets them."""
+        rows, self._rows = self.rows(), []
+        return rows
 
     def _collect(self) -> None:
         for copy in self._engine.take_records():
-            moved = copy.num_bytes if not copy.is_cancelled else copy.moved
+            is_whole = not copy.is_cancelled and copy.error is None
+            moved = copy.num_bytes if is_whole else copy.moved
             self._rows.append(
                 CopyRow(
                     copy.key,

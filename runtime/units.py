@@ -130,7 +130,11 @@ class UnitLoop:
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[Prompt]) -> list[Generated]:
-        """Generate for all prompts."""
+        """Generate for all prompts. Raises UsageError if any shows images."""
+        if any(prompt.inputs for prompt in prompts):
+            raise UsageError(
+                "Prompts with images are not regrouped: their positions do not move. Use --scheduler fcfs."
+            )
         outputs: list[Generated] = []
         for unit in units_of(prompts, self._limit, self._scheduler.batches):
             outputs += [sequence.output for sequence in self._unit(unit)]

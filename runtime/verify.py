@@ -177,6 +177,8 @@ class _Trial:
     ) -> tuple[Result, Result]:
         """One round of pairs. Returns the base configuration's two measurements, for the noise."""
         costs = self._calibrator.measure(advance)
+        if any("cpu_times" in run.spec.needs() for run in runs):
+            costs = replace(costs, cpu_expert=self._calibrator.measure_cpu())
         forecaster = self._forecaster(
             costs,
             self._calibrator.measure_paths(costs),
@@ -247,7 +249,7 @@ def _reference(
     """Trace the resident model in place: its text is the standard, its routing the workload."""
     loaded, device = prepared.loaded, prepared.device
     loaded.model.to(device)
-    numbered = [Prompt(number, prompt.token_ids) for number, prompt in enumerate(prompts)]
+    numbered = [replace(prompt, sequence=number) for number, prompt in enumerate(prompts)]
     texts = [PromptText(str(prompt.sequence), "", "") for prompt in numbered]
     recording = Recording(lookahead=lookahead, weights=scores > 0, scores=scores)
     with tempfile.TemporaryDirectory(prefix="expertflow-verify-") as folder:
@@ -302,8 +304,8 @@ def _divide(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     calibration = calibration or [prompts[-1]]
     judged = [prompt for prompt in prompts if prompt not in calibration]
     return (
-        [Prompt(number, prompt.token_ids) for number, prompt in enumerate(judged)],
-        [Prompt(number, prompt.token_ids) for number, prompt in enumerate(calibration)],
+        [replace(prompt, sequence=number) for number, prompt in enumerate(judged)],
+        [replace(prompt, sequence=number) for number, prompt in enumerate(calibration)],
     )
 
 

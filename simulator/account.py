@@ -265,7 +265,7 @@ def totals_of(record: RunRecord) -> RunTotals:
         ),
         prefetch=prefetch_outcomes(record.log),
         sequences=record.sequences,
-        link_busy_s=_covered_s(record.copies) if record.link_busy_s is None else record.link_busy_s,
+        link_busy_s=covered_s(record.copies) if record.link_busy_s is None else record.link_busy_s,
         memory=record.memory,
         accuracy=logged_accuracy(record.log),
     )
@@ -287,7 +287,7 @@ def _moved(copies: Sequence[CopyRow], where: Mapping[int, int]) -> np.ndarray:
     return moved
 
 
-def _covered_s(copies: Sequence[CopyRow]) -> float:
+def covered_s(copies: Sequence[CopyRow]) -> float:
     """Length of the union: an interrupted copy spans the one that went before it."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted((c.start_s, c.end_s) for c in copies if c.why != "warm"):

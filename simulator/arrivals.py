@@ -97,6 +97,20 @@ def read_arrivals(text: str, *, limit: int | None, seed: int = 0, speed: float =
     return Arrivals(requests=requests, description=description)
 
 
+def queue_times(path: Path) -> list[float]:
+    """The `arrival_s` of every line of a queue, a .jsonl file of prompts with times, in the file's order.
+
+    Raises InputError for a file that is none.
+    """
+    reader = _reader(str(path))
+    found = list(reader(path)) if reader is not None else []
+    if not found or any(request.prompt_tokens is not None for request in found):
+        raise InputError(
+            f"{path} is no queue: expected a .jsonl file with `arrival_s`, in seconds, in every line."
+        )
+    return [request.time_s for request in found]
+
+
 def _positive(form: str, text: str) -> float:
     try:
         value = float(text)
@@ -118,7 +132,7 @@ def _users(text: str) -> int:
 
 def _reader(text: str) -> Callable[[Path], Iterator[Arrival]] | None:
     name = text.lower().removesuffix(".gz")
-    return _azure if name.endswith(".csv") else _mooncake if name.endswith(".jsonl") else None
+    return _azure if name.endswith(".csv") else _json_lines if name.endswith(".jsonl") else None
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -155,13 +169,16 @@ def _azure(path: Path) -> Iterator[Arrival]:
         yield Arrival(time_s, *(_length(where, name, row[name]) for name in _AZURE[1:]))
 
 
-def _mooncake(path: Path) -> Iterator[Arrival]:
-    """Lines of the Mooncake traces."""
+def _json_lines(path: Path) -> Iterator[Arrival]:
+    """Lines of the Mooncake traces, or of a queue: prompts, each with its `arrival_s`."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         row = _record(where, line)
+        if "arrival_s" in row:
+            yield Arrival(_seconds(where, row["arrival_s"]))
+            continue
         moment = row["timestamp"]
         if not isinstance(moment, (int, float)) or not math.isfinite(moment):
             raise InputError(f"{where}: timestamp is {moment!r}; expected milliseconds.")
@@ -175,12 +192,20 @@ def _record(where: str, line: str) -> Mapping[str, Any]:
         row = None
     if not isinstance(row, dict):
         raise InputError(f"{where} is not a JSON object; expected one with {', '.join(_MOONCAKE)}.")
-    if missing := [name for name in _MOONCAKE if name not in row]:
+    missing = [name for name in _MOONCAKE if name not in row]
+    if missing and "arrival_s" not in row:
         raise InputError(
             f"{where} has no {', '.join(missing)}; expected a line of a Mooncake trace with "
-            f"{', '.join(_MOONCAKE)}."
+            f"{', '.join(_MOONCAKE)}, or `arrival_s`."
         )
     return row
+
+
+def _seconds(where: str, value: Any) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise InputError(f"{where}: arrival_s is {value!r}; expected seconds.")
+    return float(value)
 
 
 def _length(where: str, name: str, value: object) -> int:

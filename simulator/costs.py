@@ -250,6 +250,14 @@ class CostModel:
             busy_copy_s=self.busy_copy_s * link,
         )
 
+    def without_decisions(self) -> CostModel:
+        """Charge no decision but that of asking for a load: every other event finds all it needs for good."""
+
+        def charged(costs: PhaseCosts) -> PhaseCosts:
+            return replace(costs, decision=Linear((0.0, 0.0, costs.decision.weights[2])))
+
+        return replace(self, prefill=charged(self.prefill), decode=charged(self.decode))
+
     def with_policy_costs(self, decision_s: float, submit_s: float) -> CostModel:
         """Charge a policy's measured time where the rows were recorded without one."""
 

@@ -85,7 +85,8 @@ def builtin_space(
 
     Predictors that only infer (from what was routed, or is popular), or that listen, which takes the slower engine, are
     rivals, with default parameters; so are answers to misses that change the order of computing, where it is known what
-    a second wave costs. Combining each with all allocations would take longer than it tells.
+    a second wave costs, and those that use the CPU. Combining each with all allocations would take
+    longer than it tells.
     """
     members = {family.kind: _options(family, workload, costs) for family in FAMILIES}
     members["routing"] = (Option(routing.name, {k: (v,) for k, v in routing.params.items()}),)
@@ -95,16 +96,22 @@ def builtin_space(
         members={
             **members,
             "predictor": tuple(o for o in members["predictor"] if not _is_rival(o)),
-            "misses": tuple(o for o in members["misses"] if not _reorders(o)),
+            "misses": tuple(o for o in members["misses"] if not _is_other(o)),
         },
         rivals=tuple(o for o in members["predictor"] if _is_rival(o)),
-        answers=tuple(o for o in members["misses"] if _reorders(o)) if costs.has_waves else (),
+        answers=tuple(
+            o for o in members["misses"] if _is_other(o) and (costs.has_waves or not _reorders(o))
+        ),
     )
 
 
 def _is_rival(predictor: Option) -> bool:
     member = predictors.get(predictor.name)
     return bool(member.needs & {"routing", "popularity", *LESSONS}) or hasattr(member, "hear")
+
+
+def _is_other(answer: Option) -> bool:
+    return _reorders(answer) or "cpu_times" in misses.get(answer.name).needs
 
 
 def _reorders(answer: Option) -> bool:

@@ -245,11 +245,14 @@ class Forecaster:
         if "cpu_times" in spec.needs() and not self.costs.has_cpu:
             raise UsageError(
                 f"misses {spec.misses.name!r} needs the time of an expert on the CPU, which nobody measured "
-                "or declared for this machine. Use --misses load, or declare it with --cpu-expert."
+                "or declared for this machine. Use --misses load, calibrate with --cpu-experts, or declare it with "
+                "--cpu-expert."
             )
 
     def _charged(self, spec: PolicySpec) -> CostModel:
         costs = self._with_decisions(spec)
+        if spec.may_settle(self.shape.total_experts):
+            costs = costs.without_decisions()
         if spec.reroutes and not self.is_declared:
             costs = costs.with_routing(*self._routing_s(spec))
         if (own := self.own_costs.get(spec.code)) is not None:

@@ -3,7 +3,8 @@
 The i-th request takes the i-th recorded sequence, from the first again after the last. A pass feeds one token of every
 sequence that generates and, up to `max_step_tokens` in all, prompts chunk by chunk in the order they joined; then those
 whom the policy's scheduler picks join while there is room. Tokens appear when the pass ends; a prompt's last chunk
-yields the first of them. Nothing here depends on more than the times it is told, so every engine gets the same passes.
+yields the first of them. Nothing here depends on more than the times it is told, so every engine gets the same passes,
+and so does the runtime (runtime/serving.py), which asks for each with `plan` and runs it on a real model.
 """
 
 from __future__ import annotations
@@ -141,10 +142,44 @@ class Serving:
 
     def next(self, now_s: float) -> tuple[Workload, int] | float | None:
         """The next pass, made of who is there; seconds until somebody is; None when all are finished."""
-        found = self._plan(now_s)
+        found = self.plan(now_s)
         if not isinstance(found, Pass):
             return found
         return self._table.one_pass(found, self._prompts, self.settings.max_batch), 0
+
+    def plan(self, now_s: float) -> Pass | float | None:
+        """Who is fed what next; seconds until somebody is there; None when all are finished.
+
+        A request's tokens are fed in their order, so `owners` of the pass says all there is to know.
+        """
+        if not self.is_closed:
+            due = self._issued
+            while due < len(self._requests) and self._requests[due].arrival_s <= now_s:
+                due += 1
+            self._issue(due - self._issued)
+        if not (self._running or self._waiting):
+            if self._issued == len(self._requests):
+                return None
+            return self._requests[self._issued].arrival_s - now_s
+        self._start_s.append(now_s)
+        found = self._compose(len(self._start_s) - 1)
+        self._batch_sum += found.batch
+        return found
+
+    @property
+    def in_progress(self) -> tuple[int, ...]:
+        """Requests that have started and not left, in the order they joined."""
+        return tuple(request.number for request in self._running)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests have arrived and not started."""
+        return len(self._waiting)
+
+    def finish(self, number: int) -> None:
+        """The token that the running pass gave this request is its last: it leaves when the pass ends."""
+        request = self._requests[number]
+        request.decodes = request.fed - request.prompt
 
     def ended(self, now_s: float) -> None:
         """Those who are finished leave."""
@@ -184,7 +219,7 @@ class Serving:
         if not self.is_closed:
             self.events()
         found: list[Pass] = []
-        while isinstance(planned := self._plan(0.0), Pass):
+        while isinstance(planned := self.plan(0.0), Pass):
             found.append(planned)
             self.ended(0.0)
         arrived = {request.number: request.arrived for request in self._requests}
@@ -222,21 +257,6 @@ class Serving:
             request.arrived = len(self._end_s)
             self._waiting.append(Waiting(request.number, request.prompt))
         self._issued = min(self._issued + count, len(self._requests))
-
-    def _plan(self, now_s: float) -> Pass | float | None:
-        if not self.is_closed:
-            due = self._issued
-            while due < len(self._requests) and self._requests[due].arrival_s <= now_s:
-                due += 1
-            self._issue(due - self._issued)
-        if not (self._running or self._waiting):
-            if self._issued == len(self._requests):
-                return None
-            return self._requests[self._issued].arrival_s - now_s
-        self._start_s.append(now_s)
-        found = self._compose(len(self._start_s) - 1)
-        self._batch_sum += found.batch
-        return found
 
     def _compose(self, number: int) -> Pass:
         found = Pass(number=number, is_decode=True, batch=0, context=0)

@@ -64,6 +64,26 @@ class TokenTable:
         return bool(self.prompts.any())
 
     @classmethod
+    def of_lengths(cls, prompts: Sequence[int], decodes: Sequence[int]) -> TokenTable:
+        """Sequences of which only lengths are known: what a real run plans its passes with. No pass is made of it.
+
+        By sequence: tokens of the prompt, and tokens generated after the first.
+        """
+        sizes = np.asarray(prompts, np.int64) + np.asarray(decodes, np.int64)
+        first = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+        return cls(
+            experts=np.zeros((int(first[-1]), 0, 0), np.uint16),
+            weights=None,
+            lookahead={},
+            ids=None,
+            has_holes=False,
+            first=first,
+            prompts=np.asarray(prompts, np.int64),
+            num_experts=0,
+            lookahead_depth=0,
+        )
+
+    @classmethod
     def of(cls, workload: Workload) -> TokenTable:
         """Take a workload's rows apart."""
         rows, sizes = workload.rows, np.diff(workload.row_ptr)

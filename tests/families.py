@@ -345,7 +345,7 @@ def build(family: str) -> Any:
     """A tiny random model of the family, in float32 on the CPU."""
     torch.manual_seed(0)
     model = model_class(family)(config_of(family)).eval()
-    _stir(model)
+    stir(model)
     if family == "diffusion_gemma":
         model.generation_config.max_denoising_steps = 3
     return model
@@ -360,7 +360,7 @@ def folder(family: str) -> Path:
     return path
 
 
-def _stir(model: torch.nn.Module) -> None:
+def stir(model: torch.nn.Module) -> None:
     """What starts at zero or one would hide that it was left out."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():

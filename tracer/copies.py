@@ -17,20 +17,22 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import UsageError
+from .errors import ResourceError, UsageError
 from .quantities import LinkSpec
 from .switching import hasten, relax
 from .types import ExpertKey, Why
 
 CHUNK_BYTES = 4 * 2**20
 _PR_SET_TIMERSLACK = 29
+_CLOSED = "The copy engine was closed before this copy ended."
 
 
 @dataclass(slots=True, eq=False)
 class Copy:
     """One expert on its way. Times are seconds on the run's clock; `needed_s` is None if unasked.
 
-    What is in `target` goes to `back` first, if there is such a place. `moved` counts bytes both ways.
+    What is in `target` goes to `back` first, if there is such a place. `moved` counts bytes both ways. `error` is why
+    it did not arrive.
     """
 
     key: ExpertKey
@@ -46,6 +48,7 @@ class Copy:
     is_cancelled: bool = False
     back: torch.Tensor | None = None
     moved: int = 0
+    error: Exception | None = None
     done: threading.Event = field(default_factory=threading.Event)
     events: tuple[Any, Any] | None = None
 
@@ -68,7 +71,11 @@ class Copy:
 
 
 class CopyEngine(Protocol):
-    """Moves blocks. `submit` never blocks; after `wait` the targets may be computed with."""
+    """Moves blocks. `submit` never blocks; after `wait` the targets may be computed with.
+
+    A copy that fails does not stop the others. A wait for it raises ResourceError, once the rest has ended; nobody
+    waits for a prefetch, so `failed` names it.
+    """
 
     pinned: bool
     stream_names: tuple[str, ...]
@@ -89,8 +96,16 @@ class CopyEngine(Protocol):
         """Give up a prefetch; later copies into its slot are safe."""
         ...
 
+    def abandon(self, copy: Copy) -> bool:
+        """Nobody will wait for this copy. Returns whether its target holds it; if not, later copies there are safe."""
+        ...
+
     def finished(self) -> list[Copy]:
         """Prefetches that ended since the last call, in order of their end."""
+        ...
+
+    def failed(self) -> list[Copy]:
+        """Prefetches that failed since the last call."""
         ...
 
     def take_records(self) -> list[Copy]:
@@ -121,6 +136,7 @@ class ThreadCopyEngine:
         self._demand: deque[Copy] = deque()
         self._prefetch: deque[Copy] = deque()
         self._finished: deque[Copy] = deque()
+        self._failed: deque[Copy] = deque()
         self._records: deque[Copy] = deque()
         self._wake = threading.Condition()
         self._is_closed = False
@@ -130,11 +146,13 @@ class ThreadCopyEngine:
         self._thread.start()
 
     def submit(self, copies: Sequence[Copy]) -> None:
-        """Queue copies; demand copies go before every prefetch."""
+        """Queue copies; demand copies go before every prefetch. Raises ResourceError after `close`."""
         if not copies:
             return
         now = self._now()
         with self._wake:
+            if self._is_closed:
+                raise ResourceError("Copies were asked for after their engine was closed.")
             for copy in copies:
                 copy.queued_s = now
                 copy.is_urgent = copy.why == "demand"
@@ -142,12 +160,15 @@ class ThreadCopyEngine:
             self._wake.notify()
 
     def wait(self, copies: Sequence[Copy]) -> None:
-        """Block until all have ended."""
+        """Block until all have ended. Raises ResourceError for the first that failed."""
         now = self._now()
         for copy in copies:
             copy.needed_s = now
         for copy in copies:
             copy.done.wait()
+        for copy in copies:
+            if copy.error is not None:
+                raise _not_copied(copy) from copy.error
 
     def promote(self, copy: Copy) -> None:
         """Compute needs this prefetch now: let it go first."""
@@ -168,27 +189,55 @@ class ThreadCopyEngine:
                     self._records.append(copy)
                 copy.done.set()
 
+    def abandon(self, copy: Copy) -> bool:
+        """See CopyEngine."""
+        with self._wake:
+            if copy.done.is_set():
+                return copy.error is None and not copy.is_cancelled
+            # Whether it is being carried or waits, it ends at its next chunk.
+            copy.is_cancelled = True
+            return False
+
     def finished(self) -> list[Copy]:
         """See CopyEngine."""
         return _drain(self._finished)
+
+    def failed(self) -> list[Copy]:
+        """See CopyEngine."""
+        return _drain(self._failed)
 
     def take_records(self) -> list[Copy]:
         """See CopyEngine."""
         return _drain(self._records)
 
     def close(self) -> None:
-        """Stop the thread; queued copies are dropped. Nothing happens the second time."""
+        """Stop the thread at the next chunk; queued copies are dropped. Nothing happens the second time."""
         with self._wake:
             was_closed, self._is_closed = self._is_closed, True
             self._wake.notify()
         self._thread.join()
+        for copy in (*_drain(self._demand), *_drain(self._prefetch)):
+            copy.error = ResourceError(_CLOSED)
+            copy.done.set()
         if not was_closed:
             relax()
 
     def _run(self) -> None:
         _fine_sleep()
         while (copy := self._next()) is not None:
-            self._carry(copy)
+            try:
+                self._carry(copy)
+            except Exception as error:
+                self._fail(copy, error)
+
+    def _fail(self, copy: Copy, error: Exception) -> None:
+        # Whoever waits for it is told; this thread goes on, or every later wait would last for ever.
+        copy.error = error
+        copy.end_s = self._free_at = self._now()
+        self._records.append(copy)
+        if not copy.is_cancelled and copy.why != "demand":
+            self._failed.append(copy)
+        copy.done.set()
 
     def _next(self) -> Copy | None:
         with self._wake:
@@ -209,6 +258,8 @@ class ThreadCopyEngine:
         due = start + (self._link.latency_s if self._link and copy.moved == 0 else 0.0)
         total = copy.num_bytes
         while copy.moved < total and not copy.is_cancelled:
+            if self._is_closed:
+                raise ResourceError(_CLOSED)
             stop = copy.carry(copy.moved, self._chunk_bytes)
             if self._link:
                 due += (stop - copy.moved) / self._link.bandwidth_Bps
@@ -296,6 +347,14 @@ class CudaCopyEngine:
         """Forget its result; the bytes still cross, and later copies into the slot come after."""
         copy.is_cancelled = True
 
+    def abandon(self, copy: Copy) -> bool:
+        """What was enqueued arrives before anything that is computed or copied after it."""
+        return copy.events is not None
+
+    def failed(self) -> list[Copy]:
+        """None: an enqueued copy fails with the whole device, and that is raised."""
+        return []
+
     def finished(self) -> list[Copy]:
         """See CopyEngine."""
         done = [c for c in self._in_flight if c.events is not None and c.events[1].query()]
@@ -339,6 +398,15 @@ def copy_engine(
     engine = CudaCopyEngine(device, pinned=pinned)
     engine.use_clock(now)
     return engine
+
+
+def _not_copied(copy: Copy) -> ResourceError:
+    error = copy.error
+    words = f"{type(error).__name__}: {error}".splitlines()[0]
+    return ResourceError(
+        f"Expert {copy.key.expert} of layer {copy.key.layer} could not be copied to its slot: {words} The pass was "
+        "given up; the model, its experts and the other slots are as they were, so it can be run again."
+    )
 
 
 def _drain(queue: deque[Copy]) -> list[Copy]:

@@ -55,6 +55,24 @@ class NotValidatedError(ExpertFlowError):
     exit_code = 5
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host, where torch has no error of its own for it.
+
+    Nor has a library that meets it amid its work and raises something else: what it was raised from counts as well.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        is_memory = (
+            isinstance(found, MemoryError)
+            or type(found).__name__ == "OutOfMemoryError"
+            or (isinstance(found, RuntimeError) and "allocate memory" in str(found).lower())
+        )
+        if is_memory:
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
 def unknown_name(what: str, got: str, known: Iterable[str]) -> UsageError:
     """Build the error for a name that is not registered, with the nearest one that is."""
     names = sorted(known)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from .batch_inputs import joined_inputs
 from .errors import UsageError
 from .timing import StepInfo
 
@@ -23,7 +24,7 @@ class Prompt:
     """One tokenised prompt. `sequence` numbers it within the run.
 
     `forced` are tokens to be fed after it instead of what the model would choose; none: its own. `inputs` are
-    further arguments of the model's first pass, such as pixels; a prompt that has them runs in a batch of its own.
+    further arguments of the model's first pass, such as pixels.
     """
 
     sequence: int
@@ -85,6 +86,7 @@ def greedy(
     """
     own_loop = _own_loop(model)
     if own_loop is not None:
+        _require_text_only(model, prompts)
         return own_loop(
             model,
             prompts,
@@ -119,7 +121,7 @@ def greedy(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
             **_where(model, prompts, mask, query),
-            **(_inputs(prompts, device) if cache is None else {}),
+            **(_inputs(model, prompts, device) if cache is None else {}),
             past_key_values=cache,
             use_cache=True,
             **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {}),
@@ -167,25 +169,39 @@ def left_padded(
     return ids, mask
 
 
-def _inputs(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
-    if len(prompts) > 1 and any(prompt.inputs for prompt in prompts):
-        raise UsageError("Prompts with images run one at a time. Use --batch-size 1.")
-    return {name: value.to(device) for name, value in prompts[0].inputs.items()}
+def _require_text_only(model: Any, prompts: Sequence[Prompt]) -> None:
+    if any(prompt.inputs for prompt in prompts):
+        raise UsageError(
+            f"{type(model).__name__} is run on text only; leave images out of its prompts."
+        )
+
+
+def _inputs(model: Any, prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
+    """Arguments of the first pass beside tokens, on the device, pixels in the model's own type."""
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    given = joined_inputs([prompt.inputs for prompt in prompts], lengths)
+    return {name: _placed(value, model, device) for name, value in given.items()}
+
+
+def _placed(value: Any, model: Any, device: torch.device) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
 
 
 def _where(
     model: Any, prompts: Sequence[Prompt], mask: torch.Tensor, query: int
 ) -> dict[str, torch.Tensor]:
-    """Positions of the tokens. Where images lie between them, the model counts those of the first pass itself."""
+    """Positions of the tokens. Where images span several axes, the model counts those of the first pass itself."""
     positions = _positions(mask, query).to(next(model.parameters()).device)
-    if not any(prompt.inputs for prompt in prompts):
+    parts = (getattr(model, "model", None), model)
+    owners = [part for part in parts if hasattr(part, "rope_deltas")]
+    if not owners or not any(prompt.inputs for prompt in prompts):
         return {"position_ids": positions}
     if query > 1:
         return {}
-    # Models with positions in three axes say how far the images have moved them.
-    moved = getattr(model.model, "rope_deltas", None)
-    if moved is None:
-        return {"position_ids": positions}
+    # Such models say how far the images have moved what follows them.
+    moved = owners[0].rope_deltas
     return {"position_ids": (positions + moved)[None].expand(3, -1, -1)}
 
 

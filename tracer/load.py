@@ -13,8 +13,10 @@ import torch
 
 from . import embedded
 from .adapters import adapt
-from .errors import ResourceError, UsageError
+from .blocks import HostBlocks, Tier
+from .errors import ResourceError, UsageError, is_out_of_memory
 from .hooks import ExpertLayer, choose_implementation, expert_layers, model_shape
+from .streamed import load_streamed
 from .types import ModelShape
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -27,7 +29,7 @@ class LoadedModel:
     """A model on the host, ready to be placed, with its tokenizer and shape.
 
     `modalities` names the token ids that stand for something other than text. `notes` are sentences that whoever
-    reads a trace of this model should know.
+    reads a trace of this model should know. `blocks` hold its experts if they were loaded straight into them.
     """
 
     model: Any
@@ -39,11 +41,20 @@ class LoadedModel:
     implementation: str
     modalities: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    blocks: HostBlocks | None = None
 
     @property
     def max_lookahead(self) -> int:
         """How many layers ahead gates can be asked; 0 if no gate can be asked early."""
         return len(self.layers) - 1 if any(layer.gate for layer in self.layers) else 0
+
+    def pack(self, *, tier: Tier = "ram", pin: bool = False) -> HostBlocks:
+        """Its experts as blocks, which leaves the model without weights of its own. Raises ResourceError."""
+        if self.blocks is None:
+            return HostBlocks(self.layers, tier=tier, pin=pin)
+        for layer in self.layers:
+            self.blocks.take_over(layer)
+        return self.blocks
 
 
 def choose_device(name: str) -> torch.device:
@@ -75,10 +86,12 @@ def load_model(
     dtype: str = "auto",
     implementation: str = DEFAULT_IMPLEMENTATION,
     revision: str | None = None,
+    tier: Tier = "ram",
 ) -> LoadedModel:
     """Load a Hub id, a folder, or (None or "embedded") the model shipped with the package.
 
-    The model stays on the host; the caller places it. Raises ResourceError when it cannot be had.
+    The model stays on the host; the caller places it. With `tier` "disk" its experts are loaded straight into a file,
+    a layer at a time. Raises ResourceError when it cannot be had.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
@@ -90,9 +103,19 @@ def load_model(
     )
     try:
         with quiet_transformers():
-            kind = model_class(AutoConfig.from_pretrained(source, **arguments))
+            config = AutoConfig.from_pretrained(source, **arguments)
             tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-            model = kind.from_pretrained(source, dtype=choose_dtype(dtype, device), **arguments)
+            arguments["dtype"] = choose_dtype(dtype, device)
+            model, blocks = _weights(config, source, arguments, tier)
+    except (MemoryError, RuntimeError) as cause:
+        if not is_out_of_memory(cause):
+            raise
+        hint = (
+            "choose a smaller one" if tier == "disk" else "keep its experts in a file (--tier disk)"
+        )
+        raise ResourceError(
+            f"Model {source!r} does not fit in host memory: {hint}, or give it more."
+        ) from None
     except (OSError, ValueError, SafetensorError) as cause:
         first = str(cause).strip().splitlines()[0]
         raise ResourceError(
@@ -120,7 +143,17 @@ def load_model(
         implementation,
         modalities=_modalities(model.config),
         notes=notes,
+        blocks=blocks,
     )
+
+
+def _weights(
+    config: Any, source: str, arguments: Mapping[str, Any], tier: Tier
+) -> tuple[Any, HostBlocks | None]:
+    kind = model_class(config)
+    if tier == "disk":
+        return load_streamed(kind, config, source, arguments)
+    return kind.from_pretrained(source, **arguments), None
 
 
 _TOWERS = {"qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration"}

@@ -19,7 +19,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from .errors import ExpertFlowError, ResourceError, unknown_name
+from .errors import ExpertFlowError, ResourceError, is_out_of_memory, unknown_name
 
 GROUP = "expertflow.commands"
 PROGRAM = "expertflow-trace"
@@ -45,6 +45,8 @@ _EXTRA_OF = {
     "numba": "fast",
     "optuna": "sweep",
     "ray": "ray",
+    "accelerate": "accelerate",
+    "prometheus_client": "metrics",
 }
 
 
@@ -208,7 +210,7 @@ def _guarded(work: Callable[[], int], is_debug: bool) -> int:
 def _explain(error: Exception, is_debug: bool) -> tuple[str, int]:
     if isinstance(error, ExpertFlowError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return "Out of memory. Use a smaller batch, fewer prompts or a smaller model.", 4
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full: {error}. Free some space or choose another --out.", 4

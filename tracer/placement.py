@@ -9,6 +9,7 @@ import torch
 
 from .blocks import TIERS, Tier
 from .errors import ResourceError, UsageError
+from .host_memory import available_host_bytes
 from .probe import host_bytes
 from .quantities import format_bytes
 from .types import HardwareProfile, LinkProfile, ModelShape
@@ -45,12 +46,10 @@ def choose_tier(name: str) -> Tier:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be taken now."""
+    """Memory that could be taken now: on the host within its container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
+    return available_host_bytes()
 
 
 def total_bytes(device: torch.device) -> int:

@@ -1,7 +1,8 @@
 """Reads prompts from text or JSON lines, turns them into tokens, and cuts them into batches.
 
 A prompt is text, or a conversation for the tokenizer's chat template. It may bring the text that follows it
-(`completion`), which a run then feeds instead of what the model would write (teacher forcing).
+(`completion`), which a run then feeds instead of what the model would write (teacher forcing), and images
+(tracer/images.py).
 """
 
 from __future__ import annotations
@@ -11,11 +12,22 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from . import embedded
 from .errors import InputError, ResourceError, UsageError
 from .generate import Prompt
+from .image_files import (
+    Content,
+    ImageFile,
+    Part,
+    as_written,
+    content_of,
+    image_files,
+    images_in,
+    placed,
+    words_of,
+)
 
 MAX_PROMPT_TOKENS = 2048
 """Longer prompts are cut here."""
@@ -32,7 +44,7 @@ class PromptText:
     """One prompt as given. `domain` and `template` are empty if the file has no labels.
 
     `messages` are the (role, content) of a conversation; `text` is then their JSON. `completion` is text
-    that is to follow.
+    that is to follow. `images` are all that the prompt shows, in order.
     """
 
     prompt_id: str
@@ -40,19 +52,31 @@ class PromptText:
     text: str
     template: str = ""
     completion: str | None = None
-    messages: tuple[tuple[str, str], ...] = ()
+    messages: tuple[tuple[str, Content], ...] = ()
+    images: tuple[ImageFile, ...] = ()
 
     @property
     def sha256(self) -> str:
-        """Hash of the text: what a trace keeps when the text itself is not stored."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """Hash of the text and the images' files: what a trace keeps when the text itself is not stored."""
+        digest = hashlib.sha256(self.text.encode())
+        for image in self.images:
+            digest.update(image.sha256.encode())
+        return digest.hexdigest()
+
+
+class ReadsImages(Protocol):
+    """Makes tokens and model inputs of prompts that show images."""
+
+    def read(self, prompt: PromptText, sequence: int, max_tokens: int) -> Prompt:
+        """One prompt, cut at `max_tokens`. Raises InputError if it cannot be read, or the cut would hit an image."""
+        ...
 
 
 def read_prompts(path: Path | None) -> list[PromptText]:
     """Prompts of a `.jsonl` file or one per line of a text file.
 
-    Fields of a line: `text` (or `prompt`) or `messages`, and if wanted `id`, `domain`, `template` and
-    `completion`. A conversation that ends with the assistant brings that answer as its completion.
+    Fields of a line: `text` (or `prompt`) or `messages`, and if wanted `id`, `domain`, `template`, `completion`
+    and `images`. A conversation that ends with the assistant brings that answer as its completion.
     None gives the held-out prompts of the embedded model. Raises InputError naming the line.
     """
     path = path or embedded.PROMPTS
@@ -87,39 +111,55 @@ def _json_line(path: Path, number: int, line: str) -> PromptText:
     completion = row.get("completion")
     if completion is not None and not (isinstance(completion, str) and completion):
         raise InputError(f"{where}: `completion` must be a non-empty string.")
+    images = image_files(path, where, row.get("images", []))
     if "messages" in row:
-        messages = _messages(where, row["messages"])
+        messages = placed(where, _messages(path, where, row["messages"]), images)
         if completion is None and len(messages) > 1 and messages[-1][0] == "assistant":
-            completion, messages = messages[-1][1], messages[:-1]
-        text = json.dumps([{"role": role, "content": said} for role, said in messages])
-        return PromptText(*labels, text, template, completion, messages)
+            completion, messages = _answer(where, messages[-1][1]), messages[:-1]
+        text = json.dumps([{"role": role, "content": as_written(said)} for role, said in messages])
+        return PromptText(*labels, text, template, completion, messages, images_in(messages))
     text = row.get("text", row.get("prompt"))
     if not isinstance(text, str) or not text:
         raise InputError(f"{where}: expected an object with a non-empty string `text`.")
-    return PromptText(*labels, text, template, completion)
+    return PromptText(*labels, text, template, completion, images=images)
 
 
-def _messages(where: str, value: Any) -> tuple[tuple[str, str], ...]:
+def _answer(where: str, content: Content) -> str:
+    if not isinstance(content, str) and any(isinstance(part, ImageFile) for part in content):
+        raise InputError(
+            f"{where}: the assistant's last message is text to be fed, and holds an image."
+        )
+    return words_of(content)
+
+
+def _messages(
+    path: Path, where: str, value: Any
+) -> list[tuple[str, str | tuple[Part | None, ...]]]:
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: `messages` must be a non-empty list.")
-    found: list[tuple[str, str]] = []
+    found: list[tuple[str, str | tuple[Part | None, ...]]] = []
     for place, item in enumerate(value):
         role, content = (item.get(key) if isinstance(item, dict) else None for key in _KEYS)
-        if role not in _ROLES or not isinstance(content, str) or not content:
+        if role not in _ROLES or not isinstance(content, (str, list)) or not content:
             raise InputError(
                 f"{where}: message {place} must have a `role` ({', '.join(_ROLES)}) and a non-empty "
-                "string `content`."
+                "string `content`, or a list of parts."
             )
-        found.append((str(role), content))
-    return tuple(found)
+        said = content if isinstance(content, str) else content_of(path, where, content)
+        found.append((str(role), said))
+    return found
 
 
 def as_chat(prompts: Sequence[PromptText]) -> list[PromptText]:
-    """Plain prompts as conversations of one message by the user; those that are conversations stay."""
+    """Plain prompts as conversations of one message by the user, images first; those that are conversations stay."""
     return [
-        prompt if prompt.messages else replace(prompt, messages=(("user", prompt.text),))
+        prompt if prompt.messages else replace(prompt, messages=(("user", _said(prompt)),))
         for prompt in prompts
     ]
+
+
+def _said(prompt: PromptText) -> Content:
+    return (*prompt.images, prompt.text) if prompt.images else prompt.text
 
 
 def labelled(prompts: Sequence[PromptText]) -> list[PromptText]:
@@ -158,13 +198,22 @@ def choose_prompts(prompts: Sequence[PromptText], limit: int | None) -> list[Pro
     return [prompts[int(place * stride)] for place in range(limit)]
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[PromptText], max_tokens: int) -> list[Prompt]:
+def tokenize(
+    tokenizer: Any,
+    prompts: Sequence[PromptText],
+    max_tokens: int,
+    images: ReadsImages | None = None,
+) -> list[Prompt]:
     """Token ids of each prompt, cut at `max_tokens`; conversations go through the chat template.
 
-    Raises InputError for a prompt of no tokens, ResourceError if the tokenizer has no chat template.
+    `images` reads the prompts that show some (tracer/images.py). Raises InputError for a prompt of no tokens, and
+    one with images that nobody reads; ResourceError if the tokenizer has no chat template.
     """
     tokenized: list[Prompt] = []
     for number, prompt in enumerate(prompts):
+        if prompt.images:
+            tokenized.append(_shown(prompt, images).read(prompt, number, max_tokens))
+            continue
         ids = _token_ids(tokenizer, prompt)[:max_tokens]
         if not ids:
             raise InputError(f"Prompt {prompt.prompt_id!r} has no tokens.")
@@ -172,16 +221,33 @@ def tokenize(tokenizer: Any, prompts: Sequence[PromptText], max_tokens: int) -> 
     return tokenized
 
 
+def _shown(prompt: PromptText, images: ReadsImages | None) -> ReadsImages:
+    if images is None:
+        raise InputError(
+            f"{prompt.images[0].where}: the prompt shows images, which are not read here. Leave them out."
+        )
+    return images
+
+
 def teacher_forced(
-    tokenizer: Any, prompts: Sequence[PromptText], max_tokens: int, max_new_tokens: int
+    tokenizer: Any,
+    prompts: Sequence[PromptText],
+    max_tokens: int,
+    max_new_tokens: int,
+    images: ReadsImages | None = None,
 ) -> list[Prompt]:
     """Prompts with the tokens that are to follow them, at most `max_new_tokens`.
 
     A prompt without a completion gives its own last tokens, and keeps one at least. Raises InputError for
-    a prompt too short for that, or a completion of no tokens.
+    a prompt too short for that, or with images, or a completion of no tokens.
     """
     forced: list[Prompt] = []
-    for prompt, one in zip(prompts, tokenize(tokenizer, prompts, max_tokens), strict=True):
+    for prompt, one in zip(prompts, tokenize(tokenizer, prompts, max_tokens, images), strict=True):
+        if prompt.images and prompt.completion is None:
+            raise InputError(
+                f"Prompt {prompt.prompt_id!r} ({prompt.images[0].where}) shows images, so its own last tokens are "
+                "not fed: give it a `completion`, or run with --own-generation."
+            )
         if prompt.completion is None:
             count = min(max_new_tokens, len(one.token_ids) - 1)
             head, tail = one.token_ids[: len(one.token_ids) - count], one.token_ids[-count:]
@@ -195,7 +261,7 @@ def teacher_forced(
                 f"Prompt {prompt.prompt_id!r} leaves no token to be fed after it. Teacher forcing needs "
                 "a `completion`, or a text of two tokens or more."
             )
-        forced.append(Prompt(one.sequence, head, follow))
+        forced.append(Prompt(one.sequence, head, follow, one.inputs))
     return forced
 
 
@@ -207,7 +273,7 @@ def _token_ids(tokenizer: Any, prompt: PromptText) -> list[int]:
             "The model's tokenizer has no chat template, so conversations cannot be written out. Use a "
             "chat model, or give plain `text` without --chat."
         )
-    messages = [{"role": role, "content": content} for role, content in prompt.messages]
+    messages = [{"role": role, "content": words_of(said)} for role, said in prompt.messages]
     try:
         written = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True

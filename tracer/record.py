@@ -23,6 +23,7 @@ from .copies import Copy, CopyEngine, copy_engine
 from .gates import GateTap, ranked
 from .generate import Generated, Prompt, StepTokens, greedy
 from .hooks import ExpertLayer, gate_choice, install, stock_function
+from .live import LiveFile, Seen, WatchedPasses
 from .load import LoadedModel
 from .prompts import PromptText, batches
 from .quantities import LinkSpec
@@ -78,6 +79,9 @@ class Recorder:
         self._info: StepInfo | None = None
         self.engine: CopyEngine | None = None
         self.transfers = 0
+        self.moved_bytes = 0
+        self._stall_s = 0.0
+        self._first_row = 0
         self._ended: list[pa.Table] = []
         self._later_gates = [
             _later_gates(loaded.layers, layer, recording.lookahead) for layer in loaded.layers
@@ -95,13 +99,22 @@ class Recorder:
         """See generate.StepObserver."""
         self._info = info
         self.routing.begin(info, tokens)
+        self._first_row = len(self.timer.rows.rows)
         self.timer.begin(info)
 
     def end_step(self) -> float:
         """See generate.StepObserver."""
         seconds = self.timer.end()
+        if self.engine is not None:
+            self._stall_s += self.timer.rows.lap_s("stall_s", self._first_row)
         self._write_if_due()
         return seconds
+
+    def seen(self) -> Seen:
+        """What a live file tells of the run; a run that streams keeps nothing, so it has no hits."""
+        return Seen(
+            bytes_moved=self.moved_bytes, stall_s=self._stall_s, has_link=self.engine is not None
+        )
 
     def end_batch(self, sequences: pa.Table) -> None:
         """A batch has come to its end: keep the rows of its sequences."""
@@ -310,6 +323,7 @@ class StreamedExperts:
             for slot, key in enumerate(ExpertKey(self._layer, expert) for expert in experts)
         ]
         recorder.engine.submit(copies)
+        recorder.moved_bytes += sum(copy.source.numel() for copy in copies)
         recorder.timer.lap("decision_s")
         recorder.engine.wait(copies)
         recorder.timer.lap("stall_s")
@@ -360,13 +374,15 @@ def record_run(
     advance: Callable[[int], None],
     first_batch: int = 0,
     first_step: int = 0,
+    live: LiveFile | None = None,
 ) -> list[Generated]:
-    """Generate for all prompts, batch by batch, recording; `advance` hears of tokens done.
+    """Generate for all prompts, batch by batch, recording; `advance` hears of tokens done, `live` of passes.
 
     The last rows stay with the recorder until its `write`.
     A resumed run leaves the batches before `first_batch` out and counts its steps from `first_step`.
     """
     loaded = recorder.loaded
+    observer = recorder if live is None else WatchedPasses(recorder, live)
     restore = install(loaded.model, loaded.layers, make)
     outputs: list[Generated] = []
     step = first_step
@@ -382,7 +398,7 @@ def record_run(
                     eos_ids=loaded.eos_ids,
                     pad_id=loaded.pad_id,
                     first_step=step,
-                    observer=recorder,
+                    observer=observer,
                 )
             step = recorder.step + 1
             recorder.end_batch(_sequences(number, batch, generated, texts, recorder.recording))

@@ -158,7 +158,10 @@ def _steps(source: Trace, kept: _Kept, routing: pa.Table, has_times: bool) -> pa
 
 
 def untimed_steps(rows: pa.Table, routing: pa.Table, source: Trace) -> pa.Table:
-    """`rows` of the steps table without times, their sizes counted anew from `routing`."""
+    """`rows` of the steps table without times, their sizes counted anew from `routing`.
+
+    A step runs the layers of one stack, an encoder's or a decoder's, and all of them see its tokens.
+    """
     layers, experts = source.shape.num_moe_layers, source.shape.num_experts
     step, layer = rows["step"].to_numpy().astype(np.int64), rows["layer"].to_numpy()
     is_whole = layer == WHOLE_STEP
@@ -168,13 +171,15 @@ def untimed_steps(rows: pa.Table, routing: pa.Table, source: Trace) -> pa.Table:
     ids = expert_ids(routing["experts"])
     demanded = np.unique((event[:, None] * experts + ids).reshape(-1)) // experts
     distinct = np.bincount(demanded, minlength=number * layers)
+    of_event = np.bincount(event, minlength=number * layers)
+    of_step = of_event.reshape(number, layers).max(axis=1, initial=0)
     place = step * layers + np.where(is_whole, 0, layer)
     member = np.unique(row_step << 32 | routing["sequence"].to_numpy()) >> 32
     context = np.zeros(number, dtype=np.int64)
     np.maximum.at(context, row_step, routing["position"].to_numpy() + 1)
     counted = {
         "batch": np.bincount(member, minlength=number)[step],
-        "tokens": np.bincount(event, minlength=number * layers)[place],
+        "tokens": np.where(is_whole, of_step[step], of_event[place]),
         "context": context[step],
         "distinct": np.where(is_whole, 0, distinct[place]),
         "waves": np.ones(len(step), dtype=np.int64),

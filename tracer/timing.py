@@ -25,6 +25,9 @@ LAPS: tuple[str, ...] = (
     "experts_s",
 )
 
+CPU_LAP = "cpu_s"
+"""Handing experts over to the CPU and waiting for them: only in runs whose policy computes misses there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInfo:
@@ -40,7 +43,8 @@ class StepInfo:
 class _Row(NamedTuple):
     """One row of the `steps` table before it is spelled out: cheap to make, as every event makes one.
 
-    `laps` are seconds in the order of LAPS. The total of a layer is their sum; of a pass it is given.
+    `laps` are seconds in the order of LAPS, and after them that of CPU_LAP, if the event had any. The total of a layer
+    is their sum; of a pass it is given.
     """
 
     info: StepInfo
@@ -66,12 +70,19 @@ class StepRows:
         """Append one row."""
         self.rows.append(row)
 
+    def lap_s(self, name: str, first: int = 0) -> float:
+        """Seconds of one lap over all layers, from row `first` on."""
+        place = LAPS.index(name)
+        return sum(row.laps[place] for row in self.rows[first:])
+
     def take(self) -> dict[str, list[Any]]:
         """Hand over what was collected, column by column, and start empty."""
         rows, self.rows = self.rows, []
         if not rows:
             return {}
         infos = [row.info for row in rows]
+        own = len(LAPS)
+        on_cpu = [sum(row.laps[own:]) for row in rows]
         return {
             "step": [info.step for info in infos],
             "layer": [row.layer for row in rows],
@@ -83,6 +94,7 @@ class StepRows:
             "waves": [row.waves for row in rows],
             "start_s": [row.start_s for row in rows],
             **{name: [row.laps[place] for row in rows] for place, name in enumerate(LAPS)},
+            **({CPU_LAP: on_cpu} if any(on_cpu) else {}),
             "schedule_s": [row.schedule_s for row in rows],
             "total_s": [sum(r.laps) if r.total_s is None else r.total_s for r in rows],
         }
@@ -134,7 +146,7 @@ class StepTimer:
     def lap(self, name: str) -> None:
         """Charge the time since the last mark to `name`."""
         now = perf_counter() - self.origin
-        self._laps[name] += now - self._mark
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._mark
         self._mark = now
 
     def skip(self) -> None:
@@ -232,7 +244,7 @@ class CudaStepTimer(StepTimer):
             began, laps = cursor, dict.fromkeys(LAPS, 0.0)
             for name, host_s, event in marks:
                 ended = host_s if event is None else self._device_s(event)
-                laps[name] += max(0.0, ended - cursor)
+                laps[name] = laps.get(name, 0.0) + max(0.0, ended - cursor)
                 cursor = max(cursor, ended)
             self._write(layer, began, distinct, waves, laps)
         return super().end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +16,14 @@ from .console import Reporter
 from .errors import UsageError
 from .generate import Generated, Prompt, greedy
 from .hooks import installed
+from .images import image_reader
 from .kernels import measure_group_s
 from .link import link_name, measure_link
+from .live import LiveFile, LiveReporter, live_path
 from .load import LoadedModel, choose_device, load_model
 from .memory import SilentObserver, measure_memory, spread_by_size
 from .placement import choose_residency, hardware_profile, use_threads
-from .probe import machine_name, provenance
+from .probe import command_line, machine_name, provenance
 from .prompts import (
     MAX_PROMPT_TOKENS,
     PromptText,
@@ -115,12 +117,14 @@ def trace_run(
             kept=begun.files if begun is not None else None,
         ) as writer,
         held(writer.partial),
-        progress("tracing", len(run.prompts) * request.max_new_tokens) as report,
+        progress("tracing", run.most_tokens) as report,
+        LiveFile(live_path(request.out), "run", command_line()) as live,
     ):
         if begun is not None:
             say(f"Going on with batch {begun.batches}, after {begun.sequences} sequences.")
             report.advance(begun.generated)
-        outputs, memory = run.record(writer, report, begun)
+        live.tell(**run.told(settled.hardware))
+        outputs, memory = run.record(writer, LiveReporter(report, live), begun, live)
         manifest = writer.close(
             memory=memory, warnings=[*_warnings(settled.hardware), *run.loaded.notes]
         )
@@ -139,10 +143,16 @@ def _prepared(request: TraceRequest) -> _TracedRun:
         request.model, device=device, dtype=request.dtype, revision=request.revision
     )
     is_forced = is_teacher_forced(texts, request.teacher_forced)
+    images = image_reader(loaded, texts)
     if is_forced:
-        prompts = teacher_forced(loaded.tokenizer, texts, MAX_PROMPT_TOKENS, request.max_new_tokens)
+        prompts = teacher_forced(
+            loaded.tokenizer, texts, MAX_PROMPT_TOKENS, request.max_new_tokens, images
+        )
     else:
-        prompts = tokenize(loaded.tokenizer, texts, MAX_PROMPT_TOKENS)
+        prompts = tokenize(loaded.tokenizer, texts, MAX_PROMPT_TOKENS, images)
+    if images is not None:
+        images.require_batches(prompts, texts, request.batch_size)
+        loaded = replace(loaded, modalities=images.modalities)
     recording = Recording(
         lookahead=min(request.lookahead, loaded.max_lookahead),
         token_ids=not request.redact,
@@ -194,6 +204,11 @@ class _TracedRun:
     recording: Recording
     link: LinkSpec | None
     is_forced: bool
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens generated if no sequence ends early."""
+        return len(self.prompts) * self.request.max_new_tokens
 
     @property
     def stream_slots(self) -> int:
@@ -257,12 +272,35 @@ class _TracedRun:
             recorded=own.recorded,
         )
 
+    def told(self, hardware: HardwareProfile) -> dict[str, object]:
+        """What a live file says of the run before it begins; the KV cache is the most that it can take."""
+        shape = self.loaded.shape
+        is_resident = self.residency == "resident"
+        longest = max(
+            len(batch) * max(len(prompt.token_ids) for prompt in batch)
+            + len(batch) * self.request.max_new_tokens
+            for batch in batches(self.prompts, self.request.batch_size)
+        )
+        return {
+            "model_id": shape.model_id,
+            "device": f"{hardware.name} ({hardware.device})",
+            "label": "resident" if is_resident else "experts streamed one by one",
+            "link": hardware.link.name,
+            "link_origin": hardware.link.origin,
+            "memory": {
+                "non_expert_weights": shape.non_expert_bytes,
+                "experts": shape.expert_bytes
+                * (shape.total_experts if is_resident else self.stream_slots),
+                "kv_cache": shape.kv_bytes_per_token * longest,
+            },
+        }
+
     def record(
-        self, writer: TraceWriter, report: Reporter, begun: Resumed | None
+        self, writer: TraceWriter, report: Reporter, begun: Resumed | None, live: LiveFile
     ) -> tuple[list[Generated], list[MemoryPoint]]:
         """Run what is left of the prompts. What was recorded reaches the writer even if it is cut off."""
-        live = self.resident if self.residency == "resident" else self.stream
-        return live(writer, report, begun)
+        way = self.resident if self.residency == "resident" else self.stream
+        return way(writer, report, begun, live)
 
     def profile(self) -> HardwareProfile:
         measured = measure_link(
@@ -283,20 +321,20 @@ class _TracedRun:
         return hardware_profile(self.device, measured, self.threads, name, group_s)
 
     def resident(
-        self, writer: TraceWriter, report: Reporter, begun: Resumed | None
+        self, writer: TraceWriter, report: Reporter, begun: Resumed | None, live: LiveFile
     ) -> tuple[list[Generated], list[MemoryPoint]]:
         """The model as it is, stock experts timed in place."""
         self.loaded.model.to(self.device)
         self._warm_up()
         recorder = self._recorder(writer, begun)
         outputs = self._record(
-            recorder, writer, report, lambda la: ResidentExperts(recorder, la), begun
+            recorder, report, lambda la: ResidentExperts(recorder, la), begun, live
         )
         report.phase("measuring memory")
         return outputs, measure_memory(self.loaded, self._memory_batches(), self.device)
 
     def stream(
-        self, writer: TraceWriter, report: Reporter, begun: Resumed | None
+        self, writer: TraceWriter, report: Reporter, begun: Resumed | None, live: LiveFile
     ) -> tuple[list[Generated], list[MemoryPoint]]:
         """Experts on the host, loaded on demand, each copy timed."""
         loaded = self.loaded
@@ -306,7 +344,7 @@ class _TracedRun:
         recorder = self._recorder(writer, begun)
         make = stream_handlers(recorder, blocks, arena, self.device, self.link)
         try:
-            outputs = self._record(recorder, writer, report, make, begun)
+            outputs = self._record(recorder, report, make, begun, live)
             report.phase("measuring memory")
             scratch = Recorder(loaded, None, self.device, self.recording)
             make = stream_handlers(scratch, blocks, arena, self.device, self.link)
@@ -333,11 +371,14 @@ class _TracedRun:
     def _record(
         self,
         recorder: Recorder,
-        writer: TraceWriter,
         report: Reporter,
         make: Any,
         begun: Resumed | None,
+        live: LiveFile,
     ) -> list[Generated]:
+        live.phase("tracing", self.most_tokens, recorder.seen)
+        if begun is not None:
+            live.resumed(begun.generated)
         try:
             return record_run(
                 recorder,
@@ -349,6 +390,7 @@ class _TracedRun:
                 advance=report.advance,
                 first_batch=begun.batches if begun else 0,
                 first_step=begun.steps if begun else 0,
+                live=live,
             )
         finally:
             recorder.write()

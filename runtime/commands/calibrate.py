@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,19 @@ def calibrate(
     link: EmulatedLink = None,
     tier: Tier = "ram",
     threads: Threads = None,
+    cpu_experts: Annotated[
+        bool | None,
+        typer.Option(
+            "--cpu-experts/--no-cpu-experts",
+            help="Measure experts computed on the CPU (misses cpu, sooner); by default where it is not the device.",
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Measure in continuous batches of at most so many requests, for `simulate --arrivals`."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the runtime's own costs, so that forecasts from a trace include them.
@@ -45,15 +59,15 @@ def calibrate(
     from ...tracer.probe import provenance
     from ...tracer.quantities import format_seconds
     from ...tracer.records import write_json
-    from ..calibrate import Calibration
     from ..deploy import RunRequest, load
     from ..machine import Machine, device_name
+    from ..serving_calibrate import calibration_of
 
     request = RunRequest(
         model=model,
         prompts=prompts,
         limit=limit,
-        batch_size=batch_size,
+        batch_size=batch_size if max_batch is None else max_batch,
         max_new_tokens=max_new_tokens,
         device=device,
         dtype=dtype,
@@ -67,11 +81,11 @@ def calibrate(
         prepared.loaded, prepared.device, link=prepared.link, tier=prepared.tier, pin=request.pin
     )
     try:
-        calibration = Calibration(
-            machine, prepared.prompts, batch_size=batch_size, max_new_tokens=max_new_tokens
-        )
+        calibration = calibration_of(machine, prepared.prompts, request, serves=max_batch)
         with progress("calibrating", len(calibration.specs), "runs") as report:
             costs = calibration.measure(report.advance)
+        if machine.device.type != "cpu" if cpu_experts is None else cpu_experts:
+            costs = replace(costs, cpu_expert=calibration.measure_cpu())
     finally:
         machine.close()
     found = MachineFile(
@@ -80,7 +94,7 @@ def calibrate(
         device=device_name(machine.device),
         link=machine.link_name,
         link_origin=machine.link_origin,
-        batch_size=batch_size,
+        batch_size=request.batch_size,
         provenance=provenance(0, "own-generation"),
     )
     write_json(out, found)
@@ -92,6 +106,10 @@ def calibrate(
         f"{name} {getattr(costs.decode, name).residual:.0%}"
         for name in ("mixer", "experts", "decision")
     )
+    cpu = []
+    if costs.has_cpu:
+        expert_s, token_s = map(format_seconds, costs.cpu_expert.weights)
+        cpu = [("one expert on the CPU", f"{expert_s} and {token_s} per token")]
     print_rows(
         f"Machine {out}",
         [
@@ -101,6 +119,7 @@ def calibrate(
             ("wait", f"{format_seconds(costs.wake_s)} on top"),
             ("one more slot in a pool", format_seconds(costs.group_s)),
             ("median error of the fit, decode", fit),
+            *cpu,
         ],
     )
     say(f"Next: expertflow-trace tune TRACE --budget 0.5 --machine {out} --out policy.json")

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...simulator.commands.arrival_options import (
+    ArrivalOptions,
+    Arrivals,
+    ArrivalSpeed,
+    Lengths,
+    MaxBatch,
+    MaxStepTokens,
+    Prefill,
+    Requests,
+    Seed,
+)
 from ...tracer.commands.options import (
     BatchSize,
     Device,
@@ -14,6 +26,7 @@ from ...tracer.commands.options import (
     EmulatedLink,
     Json,
     Limit,
+    MachinePath,
     MaxNewTokens,
     PathsDir,
     PolicyModel,
@@ -23,7 +36,7 @@ from ...tracer.commands.options import (
     Threads,
     Tier,
 )
-from ...tracer.console import print_json, print_rows, say
+from ...tracer.console import print_json, print_rows, progress, say
 
 if TYPE_CHECKING:
     from ...simulator.policy.spec import PolicySpec
@@ -46,22 +59,58 @@ def deploy(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not compare with the resident model's text.")
     ] = False,
+    arrivals: Arrivals = None,
+    max_batch: MaxBatch = None,
+    max_step_tokens: MaxStepTokens = None,
+    requests: Requests = None,
+    arrival_speed: ArrivalSpeed = None,
+    lengths: Lengths = None,
+    prefill: Prefill = None,
+    seed: Seed = None,
+    stop_at_eos: Annotated[
+        bool,
+        typer.Option(
+            "--stop-at-eos",
+            help="With --arrivals: end a request at an end mark, and not only at its length.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what the run takes, and whether it fits.")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory", "--vram", help="Device memory to use, as 24GiB; default: what is free."
+        ),
+    ] = None,
+    machine: MachinePath = None,
+    live: Annotated[
+        Path | None,
+        typer.Option(
+            "--live",
+            help="Say here how the run goes, for the dashboard's Live page; by default beside --out.",
+            dir_okay=False,
+        ),
+    ] = None,
     out: ResultOut = None,
     as_json: Json = False,
 ) -> None:
     """Deploy a policy: offload the experts, generate, and measure what it costs.
 
     Exits 5 if the text differs from the resident model's or the decision log does not replay. A lossy policy may change
-    the text: it is only said by how much.
+    the text: it is only said by how much. With --arrivals requests are served as they arrive, in continuous batches.
 
     Example: expertflow-trace deploy policy.json --link 8GB/s+10us
     """
     from ...simulator.policy.spec import read_policy
     from ...simulator.report import result_rows
-    from ...tracer.errors import NotValidatedError
+    from ...tracer.errors import NotValidatedError, UsageError
+    from ...tracer.live import live_path
     from ...tracer.records import write_json
-    from ..deploy import RunRequest
+    from ..deploy import RunRequest, check_room
     from ..deploy import deploy as run
+    from ..serving_deploy import deploy_arrivals
+    from .dry_run import say_plan, served_at_most
 
     request = RunRequest(
         model=model,
@@ -77,9 +126,36 @@ def deploy(
         pin=not no_pin,
         check_text=not no_check,
         paths=paths,
+        memory=memory,
+        machine=machine,
+        live=live_path(out) if live is None and out is not None else live,
     )
+    asked = ArrivalOptions(
+        arrivals=arrivals,
+        max_batch=max_batch,
+        requests=requests,
+        arrival_speed=arrival_speed,
+        lengths=lengths,
+        prefill=prefill,
+        seed=seed,
+        max_step_tokens=max_step_tokens,
+    )
+    arrive = asked.are_given
+    if stop_at_eos and not arrive:
+        raise UsageError("--stop-at-eos is about requests that arrive; others always do.")
+    if live is not None and arrive:
+        raise UsageError("--live tells of runs whose prompts are all there; leave --arrivals out.")
     chosen = read_policy(policy)
-    result = run(chosen, request, say=say)
+    if dry_run:
+        say_plan(chosen, served_at_most(request, max_batch), out=out, as_json=as_json)
+        return
+    if arrive:
+        check_room(chosen, served_at_most(request, max_batch))
+        result = deploy_arrivals(
+            chosen, request, asked, stop_at_eos=stop_at_eos, progress=progress, say=say
+        )
+    else:
+        result = run(chosen, request, say=say)
     if out is not None:
         write_json(out, result)
     if as_json:

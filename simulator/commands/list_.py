@@ -98,9 +98,7 @@ def _member(family: Registry, name: str) -> dict[str, Any]:
         "is_bound": is_bound,
         "params": _params(member),
         "engine": "compiled" if _runs_compiled(family, name) else "reference",
-        # The runtime loads whatever is missing.
-        "is_deployable": not is_bound
-        and (family.kind != "misses" or getattr(member, "loads_all", False)),
+        "is_deployable": not is_bound,
         "is_default": name == DEFAULTS[family.kind],
     }
 
@@ -147,8 +145,6 @@ def _line(member: Mapping[str, Any], *, has_engine: bool) -> str:
         notes.append(f"needs {', '.join(member['needs'])}")
     if member["is_bound"]:
         notes.append("a bound, simulator only")
-    elif not member["is_deployable"]:
-        notes.append("simulator only so far")
     if has_engine and member["engine"] == "reference":
         notes.append("runs on the reference engine")
     notes.append("same text" if member["is_lossless"] else "LOSSY: may change the text")

@@ -26,6 +26,7 @@ from .arrival_options import (
     ArrivalSpeed,
     Lengths,
     MaxBatch,
+    MaxStepTokens,
     Prefill,
     Requests,
     Seed,
@@ -73,6 +74,7 @@ def simulate(
     arrival_speed: ArrivalSpeed = None,
     lengths: Lengths = None,
     prefill: Prefill = None,
+    max_step_tokens: MaxStepTokens = None,
     seed: Seed = None,
     policy_out: Annotated[
         Path | None,
@@ -143,6 +145,7 @@ def simulate(
         arrival_speed=arrival_speed,
         lengths=lengths,
         prefill=prefill,
+        max_step_tokens=max_step_tokens,
         seed=seed,
     )
     if policy_out is not None and "future" in spec.needs():

@@ -268,8 +268,8 @@ class Allocation(Protocol):
 class Misses(Protocol):
     """Says what is done about experts that are not resident when demanded.
 
-    Two attributes may be left out, which is to say false: `loads_all` (it never names a position, as the runtime asks
-    of it) and `residents_first` (what is resident is computed while the rest of the event is loaded).
+    Two attributes may be left out, which is to say false: `loads_all` (it never names a position: the runtime keeps no
+    thread for the CPU) and `residents_first` (what is resident is computed while the rest of the event is loaded).
     """
 
     name: ClassVar[str]

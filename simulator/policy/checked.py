@@ -112,7 +112,8 @@ class ScriptedEvent:
     """One layer event of a script.
 
     `predicted` goes to `prefetch`, or the predictor is asked if it is None. Before the event, flying
-    prefetches end: each number of `ends` picks one, in that order. `facts` are told with the demand.
+    prefetches end: each number of `ends` picks one, in that order; then each of `losses` picks one that fails. `facts`
+    are told with the demand.
     """
 
     step: int
@@ -122,6 +123,7 @@ class ScriptedEvent:
     ends: tuple[int, ...] = ()
     signals: Signals = field(default_factory=lambda: Signals({}))
     facts: Facts = NO_FACTS
+    losses: tuple[int, ...] = ()
 
     @property
     def keys(self) -> tuple[ExpertKey, ...]:
@@ -130,13 +132,18 @@ class ScriptedEvent:
 
 
 def random_script(
-    shape: ModelShape, seed: int, *, steps: int = 12, prefetches: bool = True
+    shape: ModelShape,
+    seed: int,
+    *,
+    steps: int = 12,
+    prefetches: bool = True,
+    failures: bool = False,
 ) -> list[ScriptedEvent]:
-    """Events of all sizes, up to every expert of a layer, with random prefetches and endings.
+    """Events of all sizes, up to every expert of a layer, with random prefetches, endings and failures.
 
     Odd seeds tell facts: tokens and gate weights by expert, and that the first two steps are prefill.
     """
-    dice, luck = Dice(seed), Dice(~seed)
+    dice, luck, fate = Dice(seed), Dice(~seed), Dice(seed + 1)
     everything = [
         ExpertKey(layer, expert)
         for layer in range(shape.num_moe_layers)
@@ -150,7 +157,10 @@ def random_script(
             predicted = tuple(dice.some(everything, dice.below(5))) if prefetches else ()
             ends = tuple(dice.below(8) for _ in range(dice.below(4)))
             facts = _facts(luck, step, experts) if seed % 2 else NO_FACTS
-            script.append(ScriptedEvent(step, layer, experts, predicted, ends, facts=facts))
+            losses = tuple(fate.below(8) for _ in range(fate.below(3))) if failures else ()
+            script.append(
+                ScriptedEvent(step, layer, experts, predicted, ends, facts=facts, losses=losses)
+            )
     return script
 
 
@@ -184,6 +194,11 @@ class CheckedDriver:
         for number in event.ends:
             if self.flying:
                 self._end(event.step, list(self.flying)[number % len(self.flying)])
+        for number in event.losses:
+            if self.flying:
+                lost = list(self.flying)[number % len(self.flying)]
+                del self.flying[lost]
+                self.core.lost(event.step, lost)
         present, flying = set(self.contents.values()), set(self.flying)
         answer = self.core.demand(event.step, event.layer, event.experts, event.facts)
         self._check_counts(answer, event, present, flying)

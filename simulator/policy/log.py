@@ -1,7 +1,7 @@
 """The decision log: everything that went into the core and everything it answered, in order.
 
-Inputs are `event` rows (one per demanded expert), `predict`, `loaded` and `release`; answers are the
-outcome and slot on the `event` rows, and `load` and `cancel`. Feeding the inputs to a fresh core must
+Inputs are `event` rows (one per demanded expert), `predict`, `loaded`, `lost` (a load that failed) and `release`;
+answers are the outcome and slot on the `event` rows, and `load` and `cancel`. Feeding the inputs to a fresh core must
 give the same rows (replay.py).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Kind = Literal["event", "load", "cancel", "predict", "loaded", "release"]
+Kind = Literal["event", "load", "cancel", "predict", "loaded", "lost", "release"]
 
 
 class Entry(NamedTuple):

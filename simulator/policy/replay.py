@@ -39,6 +39,8 @@ def replay(log: Sequence[Entry], spec: PolicySpec, shape: ModelShape) -> ReplayR
             core.prefetch(step, keys)
         elif kind == "loaded":
             core.loaded(step, keys[0])
+        elif kind == "lost":
+            core.lost(step, keys[0])
         else:
             core.release(step, keys[0].layer)
     return _compare(log, again)

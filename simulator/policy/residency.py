@@ -90,6 +90,11 @@ class Residency:
         """Slots over all pools."""
         return sum(pool.size for pool in self.pools)
 
+    @property
+    def num_resident(self) -> int:
+        """Experts that are in a slot."""
+        return len(self._resident)
+
     def pool_slots(self, layer: int) -> int:
         """Slots of the pool a layer uses."""
         return self._pool_of[layer].size
@@ -214,6 +219,18 @@ class Residency:
         self._settle(self._pool_of[key.layer], key, slot)
         if self.log is not None:
             self.log.append(Entry("loaded", step, *key))
+
+    def lost(self, step: int, key: ExpertKey) -> None:
+        """A load has failed: its slot is free again. Ignored if it was cancelled or evicted meanwhile."""
+        pool = self._pool_of[key.layer]
+        slot = self._loading.pop(key, None)
+        if slot is None:
+            if key not in self._resident:
+                return
+            slot = self._evict(pool, key)
+        pool.free.append(slot)
+        if self.log is not None:
+            self.log.append(Entry("lost", step, *key))
 
     def release(self, step: int, layer: int) -> None:
         """The event has been computed; its experts may be evicted."""

@@ -18,7 +18,7 @@ from typing import Any
 from ...tracer.errors import PolicyError, UsageError
 from ...tracer.records import from_json, read_json, to_json, write_json
 from ...tracer.types import ModelShape
-from .base import LESSONS, Routing, Scheduler
+from .base import LESSONS, BaseCache, Routing, Scheduler
 from .future import Future
 from .log import Entry
 from .registry import (
@@ -129,6 +129,12 @@ class PolicySpec:
         if "lookahead" not in self.needs():
             return 0
         return depth_of(predictors.get(self.predictor.name), self.predictor.params)
+
+    def may_settle(self, total_experts: int) -> bool:
+        """Whether, once every expert is in a slot, nothing is left to decide, and nobody listens to how events go."""
+        keeps = caches.get(self.cache.name).released is BaseCache.released
+        listens = self.predicts or self.reroutes or "gate_weights" in self.needs()
+        return self.slots >= total_experts and keeps and not listens and self.scheduler == IN_ORDER
 
     def describe(self) -> dict[str, str]:
         """The policy in words, for results."""
@@ -323,7 +329,7 @@ def _member(
 _TEACHERS = {
     "popularity": "popularity counts of a trace",
     "curves": "hit curves of a trace by layer",
-    "cpu_times": "the time of an expert on the CPU (declare it with --cpu-expert 2ms+0.3ms)",
+    "cpu_times": "times of an expert on the CPU (calibrate --cpu-experts, or declare it with --cpu-expert 2ms+0.3ms)",
     "layer_times": "the times of a copy and of a layer (simulator.layer_times)",
     "forest": "a forest that corrects early gates, learned from a trace",
     "transitions": "counts of experts by the expert before them, learned from a trace",

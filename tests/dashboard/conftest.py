@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +29,7 @@ from expertflow.simulator.result import (
 )
 from expertflow.simulator.sweep_folder import DOCUMENT, RESULTS, MachineNote, SweepFile
 from expertflow.simulator.sweep_row import Row, table_of
+from expertflow.tracer.live import LivePoint, LiveStatus, State, process_mark
 from expertflow.tracer.records import write_json
 from expertflow.tracer.synthetic import synthetic_trace
 from expertflow.tracer.types import Provenance
@@ -255,6 +260,48 @@ def make_verdict(trace_id: str, *, validated: bool) -> Verdict:
     )
 
 
+def make_live(state: State = "finished", **changes: Any) -> LiveStatus:
+    """A deployment that ran for 60 s, with a point every second; its process is this one."""
+    points = tuple(
+        LivePoint(
+            at_s=float(second),
+            tokens_per_s=20.0 + second % 5,
+            hit_rate=min(0.8, second / 50),
+            link_Bps=2e9 - 1e7 * second,
+            stall_share=0.5 - second / 200,
+        )
+        for second in range(1, 61)
+    )
+    now = time.time()
+    status = LiveStatus(
+        command="deploy",
+        arguments="expertflow-trace deploy policy.json --out result.json",
+        state=state,
+        phase="running under the policy",
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        process=process_mark(os.getpid()),
+        started=now - 60,
+        heartbeat=now,
+        tokens_done=1_200,
+        tokens_total=2_000,
+        passes=1_200,
+        tokens_per_s=20.0,
+        model_id="tiny_moe/demo-4x16",
+        device="cpu",
+        label="lru @ 32 slots",
+        link="1GB/s+20us",
+        link_origin="emulated",
+        hit_rate=0.71,
+        bytes_moved=10**10,
+        link_Bps=1.7e9,
+        stall_share=0.31,
+        memory={"non_expert_weights": 40 * MIB, "slots": 128 * MIB, "kv_cache": 12 * MIB},
+        points=points,
+    )
+    return replace(status, **changes)
+
+
 def make_rows() -> list[Row]:
     """Three caches with and without prefetch at three sizes, one bound, and one point that failed."""
     rows = [
@@ -342,6 +389,7 @@ def write_demo(folder: Path) -> Path:
         evidence={"tokens_per_s": 27.9},
     )
     write_policy(folder / "demo-policy.json", policy)
+    write_json(folder / "demo.live.json", make_live())
     return folder
 
 

@@ -50,6 +50,7 @@ PAGES = {
         "Made",
     ),
     "Compare": ("How do these runs differ", "is the fastest", "other settings are the same"),
+    "Live": ("What is running", "Finished", "tokens/s now", "EMULATED link", "on the device"),
 }
 PATIENCE_MS = 240_000
 """The simulator may have to be compiled first."""

@@ -25,6 +25,7 @@ PAGES = {
     "policy": "Policy",
     "verify": "Verify",
     "compare": "Compare",
+    "live": "Live",
 }
 PATIENCE_S = 300
 """The simulator may have to be compiled first."""
@@ -185,6 +186,8 @@ def test_a_broken_sweep_is_named_and_the_others_are_offered(broken: Path) -> Non
         ("sweep", parts.FILL_SWEEP),
         ("policy", parts.FILL_TUNING),
         ("compare", "expertflow-trace simulate"),
+        ("live", parts.FILL_TRACE),
+        ("live", "expertflow-trace deploy"),
     ],
 )
 def test_an_empty_page_names_the_command_that_fills_it(

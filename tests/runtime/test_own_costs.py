@@ -110,4 +110,6 @@ def test_an_event_that_lost_its_core_does_not_count():
 def test_only_predictors_that_calibration_does_not_know_are_run_for_their_time(
     predictor, params, has_own
 ):
-    assert has_own_costs(make_spec(slots=8, predictor=predictor, predictor_params=params)) == has_own
+    assert (
+        has_own_costs(make_spec(slots=8, predictor=predictor, predictor_params=params)) == has_own
+    )

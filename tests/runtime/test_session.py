@@ -64,14 +64,6 @@ def test_members_that_know_the_future_are_refused_in_a_sentence(bench, family, m
     assert bench.loaded.model.config._experts_implementation == "grouped_mm"
 
 
-@pytest.mark.parametrize("answer", ["cpu", "sooner"])
-def test_policies_that_compute_on_the_cpu_are_refused_in_a_sentence(bench, answer):
-    with pytest.raises(UsageError, match=rf"'{answer}' cannot be deployed yet.*--misses load"):
-        bench.machine.session(bench.spec(8, misses=answer)).__enter__()
-
-    assert bench.loaded.model.config._experts_implementation == "grouped_mm"
-
-
 def test_log_holds_the_tokens_of_each_expert_and_which_passes_are_prefill(bench):
     record, _, _ = measured(bench, bench.spec(8), size=4)
     columns = record.steps

@@ -136,11 +136,7 @@ def test_list_says_what_each_member_takes_and_where_it_runs(command):
     assert members["misses"]["sooner"]["params"] == []
     defaults = {kind: [m for m in rows if rows[m]["is_default"]] for kind, rows in members.items()}
     assert defaults == {kind: [name] for kind, name in DEFAULTS.items()}
-    assert {name for name, m in members["misses"].items() if m["is_deployable"]} == {
-        "load",
-        "resident_first",
-        "write_back",
-    }
+    assert all(member["is_deployable"] for member in members["misses"].values())
     assert not members["cache"]["belady"]["is_deployable"]
     assert (document["default_scope"], document["scopes"]["layer"]) == ("layer", "equal")
     assert "lru *" in text

@@ -195,7 +195,7 @@ def test_answers_to_misses_are_told_what_the_cpu_costs():
     assert spec.label == "lru + misses sooner @ 4 slots"
     assert spec.behaviour_hash() != make_spec(slots=4).behaviour_hash()
     assert spec.needs() == {"cpu_times"}
-    with pytest.raises(UsageError, match="misses 'sooner' needs the time of an expert on the CPU"):
+    with pytest.raises(UsageError, match="misses 'sooner' needs times of an expert on the CPU"):
         make_spec(slots=4, misses="sooner")
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 class OnCpu:
     """Move activations instead of weights: best for few tokens and a slow link (Fiddler, arXiv 2402.07033).
 
-    Router and weights stay the same; the CPU's kernels round differently from the device's. What is not in the
+    Router and weights stay the same; beside a GPU the CPU's kernels round differently. What is not in the
     slots at the start stays out of them, so it goes with a cache that is warm (static).
     """
 

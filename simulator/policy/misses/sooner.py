@@ -11,7 +11,7 @@ class Sooner:
 
     `copy_s` is the time of one copy, `expert_s + token_s * tokens` that of one expert on the CPU. Experts with few
     tokens go to the CPU first, as it is slow per token and the link does not care (HybriMoE, arXiv 2504.05897).
-    Router and weights stay the same; the CPU's kernels round differently from the device's.
+    Router and weights stay the same; beside a GPU the CPU's kernels round differently.
     """
 
     name: ClassVar[str] = "sooner"

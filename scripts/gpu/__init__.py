@@ -1,0 +1,1 @@
+"""What `make gpu` runs, in parts. docs/gpu.md tells the whole."""

@@ -1,0 +1,1 @@
+"""Stands in for Rich: plain text, no colours."""
