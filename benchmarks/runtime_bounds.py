@@ -43,7 +43,7 @@ from expertflow.tracer.quantities import LinkSpec
 
 SCRIPT = "runtime_bounds.py"
 PAGE = ROOT / "docs" / "runtime.md"
-LINKS = ("1GB/s+20us", "4GB/s+10us", "16GB/s+10us")
+LINKS = ("1GB/s+20us", "4GB/s+10us")
 BUDGETS = (0.25, 0.5, 0.75)
 HALF = 0.5
 NO_MEMORY = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
@@ -61,7 +61,7 @@ class Size:
     pieces: int | None
 
 
-FULL = Size({1: 4, 8: 16}, 24, 9, 3, LINKS, None)
+FULL = Size({1: 4, 8: 16}, 24, 9, 2, LINKS, None)
 QUICK = Size({1: 1, 8: 8}, 6, 2, 1, LINKS[1:2], 40)
 
 

@@ -31,7 +31,7 @@ Another version of transformers may have more or fewer families; 5.17 is the old
 **What is traced.** Text that a model generates from text. Layers are counted over the MoE layers of the text model;
 shared experts, which every token passes, are no routed experts and count as other weights.
 - *Image-text models* are loaded whole and given text, and images where a prompt file names some
-  (`docs/recording.md`; tried on Mistral Large 4 and Aria with their processors, and on Qwen3-VL-MoE). Tokens are marked
+  (`docs/recording.md`; tried on Aria; Mistral Large 4 and Qwen3-VL-MoE want torchvision too). Tokens are marked
   `image`, `video` or `audio` in the column `modality`. Experts of a vision tower are not recorded. Where image tokens
   have experts of their own beside the text's (ERNIE 4.5 VL), such a prompt is refused.
 - *Encoder-decoder models*: the encoder's pass over a batch is its prefill step, each decoder pass a decode step. A step

@@ -194,7 +194,7 @@ def _where(
 ) -> dict[str, torch.Tensor]:
     """Positions of the tokens. Where images span several axes, the model counts those of the first pass itself."""
     positions = _positions(mask, query).to(next(model.parameters()).device)
-    parts = (getattr(model, "model", None), model)
+    parts: tuple[Any, ...] = (getattr(model, "model", None), model)
     owners = [part for part in parts if hasattr(part, "rope_deltas")]
     if not owners or not any(prompt.inputs for prompt in prompts):
         return {"position_ids": positions}
