@@ -45,6 +45,7 @@ bench: setup
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/des.py
 	$(BIN)/python benchmarks/reproduction.py
+	$(BIN)/python benchmarks/dashboard_speed.py
 	$(BIN)/python benchmarks/runtime_bounds.py
 
 # Runs from the tree with the machine's own Python: no install, no network.

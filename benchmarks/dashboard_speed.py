@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bench_common import ROOT, Report, Table, options_of, parser
+from bench_common import ROOT, Report, Table, options_of, parser, write_block
 from bench_embedded import hint
 from playwright.sync_api import Browser, Page, sync_playwright
 from trace_reading import QUICK_TOKENS, TOKENS, write
 
 SCRIPT = "dashboard_speed.py"
+PAGE = ROOT / "docs" / "dashboard.md"
 CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
 PAGES = (
     "", "routing", "timeline", "live", "capacity", "what-if", "sweep", "policy", "verify", "compare",
@@ -55,6 +56,9 @@ def main() -> None:
             write(Path(name) / "large", QUICK_TOKENS if options.quick else TOKENS, 32, 1)
             with server(Path(name)) as (address, process):
                 large(report, browser, address, process)
+    if options.write:
+        write_block(PAGE, SCRIPT, report.text())
+    options.write = False  # the other page is not ours
     report.finish()
 
 
