@@ -121,7 +121,7 @@ def choose_subject(found: Sequence[Subject]) -> Subject:
 def empty(what: str, command: str) -> None:
     """Say what is not there yet and which command makes it."""
     st.info(f"{what} This command makes it:", icon=":material/info:")
-    st.code(command, language="bash")
+    st.code(command, language="bash", wrap_lines=True)
 
 
 def problems(found: Sequence[Problem]) -> None:

@@ -55,6 +55,7 @@ def render(catalog: Catalog) -> None:
     st.code(
         f"expertflow-trace curve {parts.shell_path(trace.path)} --caches lru,lfu,belady",
         language="bash",
+        wrap_lines=True,
     )
 
 

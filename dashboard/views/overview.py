@@ -340,4 +340,4 @@ def _policies(catalog: Catalog, subject: Subject) -> None:
         st.caption("None of these says that it was tuned on this trace.")
     st.caption("Run the model under it; the page Policy explains each:")
     lines = [f"expertflow-trace deploy {parts.shell_path(policy.path)}" for policy in shown]
-    st.code("\n".join(lines), language="bash")
+    st.code("\n".join(lines), language="bash", wrap_lines=True)

@@ -103,6 +103,7 @@ def _take(found: Found[PolicyFile]) -> None:
     st.code(
         f"expertflow-trace deploy {path}\nexpertflow-trace verify {path} --out verdict.json",
         language="bash",
+        wrap_lines=True,
     )
     st.download_button(
         "Download this policy (JSON)",

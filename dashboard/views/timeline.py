@@ -288,6 +288,7 @@ def _save_recorded(trace: Found[Manifest], first: int, last: int) -> None:
     st.code(
         f"expertflow-trace export {parts.shell_path(trace.path)} --to perfetto --out run.json.gz",
         language="bash",
+        wrap_lines=True,
     )
 
 

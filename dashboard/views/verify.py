@@ -186,4 +186,4 @@ def _yes(value: bool) -> str:
 def _provenance(verdict: Verdict) -> None:
     made = verdict.provenance
     st.caption(f"Made {words.plain(made.created)} with")
-    st.code(made.command, language="bash")
+    st.code(made.command, language="bash", wrap_lines=True)
