@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 from bench_common import ROOT as _ROOT  # noqa: F401 - puts the checkout on the path
 from expertflow.runtime.calibrate import Calibration
 from expertflow.runtime.deploy import same_text
-from expertflow.runtime.machine import Machine, device_name, generate_all
+from expertflow.runtime.forecasts import forecaster_of
+from expertflow.runtime.machine import Machine, generate_all
 from expertflow.runtime.paths.build import PredictorRequest, add_paths, build_predictor
 from expertflow.runtime.paths.files import load_predictor
 from expertflow.runtime.paths.train import Training
@@ -27,9 +27,9 @@ from expertflow.simulator.policy.spec import PolicySpec
 from expertflow.simulator.result import MemoryResult, Result
 from expertflow.simulator.workload import Workload, workload_of
 from expertflow.tracer import embedded
+from expertflow.tracer.console import no_progress
 from expertflow.tracer.generate import Generated, Prompt
 from expertflow.tracer.load import choose_device, load_model
-from expertflow.tracer.probe import provenance
 from expertflow.tracer.prompts import (
     MAX_PROMPT_TOKENS,
     PromptText,
@@ -210,20 +210,8 @@ class Trials:
     def forecaster(self) -> Forecaster:
         """Predictions for this process as it is now."""
         costs = self._calibrator.measure(lambda _: None)
-        machine = self._machine
-        return Forecaster(
-            workload=self._workload,
-            costs=costs,
-            shape=machine.loaded.shape,
-            trace_id=machine.trace_id,
-            device=device_name(machine.device),
-            link=machine.link_name,
-            link_origin=machine.link_origin,
-            submit_s=0.0,
-            decision_is_measured=True,
-            provenance=provenance(0, "own-generation"),
-            path_costs=self._calibrator.measure_paths(costs),
-        )
+        paths = self._calibrator.measure_paths(costs)
+        return forecaster_of(self._machine, self._workload, costs, path_costs=paths)
 
     def round(self, ready: Forecaster, specs: Sequence[PolicySpec]) -> list[Pair]:
         """Predict all, run all. Raises SystemExit if a text differs or a log does not replay."""
@@ -265,20 +253,6 @@ class Trials:
                 f"{spec.label}: text or log differs ({result.same_tokens=}, {result.log_replays=})"
             )
         return result
-
-
-class _Silent:
-    def advance(self, amount: int = 1) -> None:
-        """Nothing to show."""
-
-    def phase(self, text: str) -> None:
-        """Nothing to show."""
-
-
-@contextmanager
-def no_progress(title: str, total: int | None = None, unit: str = "") -> Iterator[_Silent]:
-    """No bar: the notes say what is being done."""
-    yield _Silent()
 
 
 def hint(words: str) -> None:

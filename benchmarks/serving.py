@@ -19,7 +19,8 @@ from pathlib import Path
 from bench_common import ROOT, Report, Table, options_of, parser, write_block
 from bench_embedded import cut, hint, traced
 from expertflow.runtime.deploy import same_text
-from expertflow.runtime.machine import Machine, device_name, generate_all
+from expertflow.runtime.forecasts import forecaster_of
+from expertflow.runtime.machine import Machine, generate_all
 from expertflow.runtime.serving import Load, result_of, serve
 from expertflow.runtime.serving_calibrate import ServingCalibration
 from expertflow.runtime.serving_deploy import requests_of
@@ -34,7 +35,6 @@ from expertflow.simulator.workload import workload_of
 from expertflow.tracer.generate import Generated, Prompt
 from expertflow.tracer.load import choose_device, load_model
 from expertflow.tracer.placement import use_threads
-from expertflow.tracer.probe import provenance
 from expertflow.tracer.prompts import MAX_PROMPT_TOKENS, choose_prompts, read_prompts, tokenize
 from expertflow.tracer.quantities import LinkSpec, format_seconds
 
@@ -207,18 +207,8 @@ class Trial:
     def forecaster(self) -> Forecaster:
         """Predictions for this process as it is now."""
         hint("calibrating")
-        return Forecaster(
-            workload=self._workload,
-            costs=self._calibration.measure(lambda _: None),
-            shape=self.machine.loaded.shape,
-            trace_id="",
-            device=device_name(self.machine.device),
-            link=self.machine.link_name,
-            link_origin=self.machine.link_origin,
-            submit_s=0.0,
-            decision_is_measured=True,
-            provenance=provenance(0, "own-generation"),
-        )
+        costs = self._calibration.measure(lambda _: None)
+        return forecaster_of(self.machine, self._workload, costs)
 
     def capacity(self, spec: PolicySpec) -> float:
         """Requests/s of a closed loop, as predicted."""

@@ -22,8 +22,8 @@ _Floats = npt.NDArray[np.float64]
 def own_costs(record: RunRecord, costs: CostModel, plain: RunRecord | None) -> OwnCosts:
     """Seconds that a policy adds to what `costs` charge; the rows are those of one walk.
 
-    `plain` is a run without it just before, for a predictor that runs beside the model and takes cores from it; others
-    cannot slow down what they do not run beside.
+    `plain` is a run without it just before, for what runs beside the model and takes cores from it (a path predictor,
+    experts on the CPU); others cannot slow down what they do not run beside.
     """
     return OwnCosts(
         prefill=_of_phase("prefill", record, costs, plain),
@@ -42,14 +42,12 @@ def _of_phase(
     predicting = np.maximum(0.0, rows["lookahead_s"] - asking)
     first = rows["layer"] == rows["layer"].min()
     usual = _mean(predicting[~first]) if (~first).any() else 0.0
-    by_event = (
-        phase == "decode"
-    )  # a prompt's tokens are looked at one by one, and prompts differ in length
+    # A prompt's tokens are looked at one by one, and prompts differ in length.
+    by_event = phase == "decode"
     beside_s = 0.0
     if plain is not None:
-        beside_s = _compute_excess(rows, costs, phase) - _compute_excess(
-            _rows(plain, phase), costs, phase
-        )
+        before = _rows(plain, phase)
+        beside_s = _compute_excess(rows, costs, phase) - _compute_excess(before, costs, phase)
     return PhaseOwnCosts(
         event_s=usual if by_event else 0.0,
         token_s=0.0 if by_event else usual / float(rows["tokens"].mean()),

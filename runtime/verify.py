@@ -8,17 +8,13 @@ judged is the median over repeats of the pairs (docs/validation.md).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..simulator.costs import CostModel
-from ..simulator.forecast import Forecaster
-from ..simulator.own_costs import OwnCosts
-from ..simulator.paths import PathCosts
 from ..simulator.policy.spec import PolicyFile, PolicySpec, make_spec
 from ..simulator.result import MemoryResult, Result, Verdict
 from ..simulator.workload import Workload, workload_of
@@ -35,7 +31,8 @@ from ..tracer.types import RunSettings
 from ..tracer.writer import TraceWriter
 from .calibrate import Calibration
 from .deploy import Prepared, RunRequest, path_predictor, prepare, same_text, text_change
-from .machine import Machine, device_name
+from .forecasts import forecaster_of
+from .machine import Machine
 from .paths.data import routed
 from .paths.model import PathModel
 from .paths.predict import path_table
@@ -179,10 +176,12 @@ class _Trial:
         costs = self._calibrator.measure(advance)
         if any("cpu_times" in run.spec.needs() for run in runs):
             costs = replace(costs, cpu_expert=self._calibrator.measure_cpu())
-        forecaster = self._forecaster(
+        forecaster = forecaster_of(
+            self._machine,
+            self._reference.workload,
             costs,
-            self._calibrator.measure_paths(costs),
-            self._calibrator.measure_own(costs, [run.spec for run in runs], advance),
+            path_costs=self._calibrator.measure_paths(costs),
+            own_costs=self._calibrator.measure_own(costs, [run.spec for run in runs], advance),
         )
         predicted = [forecaster.predict(run.spec) for run in runs]
         base: list[Result] = []
@@ -195,28 +194,6 @@ class _Trial:
         base.append(self._measure(runs[1]))
         advance(1)
         return base[0], base[1]
-
-    def _forecaster(
-        self,
-        costs: CostModel,
-        path_costs: PathCosts | None,
-        own_costs: Mapping[tuple[str, ...], OwnCosts],
-    ) -> Forecaster:
-        machine = self._machine
-        return Forecaster(
-            workload=self._reference.workload,
-            costs=costs,
-            shape=machine.loaded.shape,
-            trace_id=machine.trace_id,
-            device=device_name(machine.device),
-            link=machine.link_name,
-            link_origin=machine.link_origin,
-            submit_s=0.0,
-            decision_is_measured=True,
-            provenance=provenance(0, "own-generation"),
-            path_costs=path_costs,
-            own_costs=own_costs,
-        )
 
     def _measure(self, run: _Measured) -> Result:
         if run.memory is None:

@@ -113,7 +113,8 @@ class ProcessExecutor:
         _judge = None
         self._pool.shutdown(wait=False, cancel_futures=True)
         for worker in self.workers():
-            worker.terminate()
+            # Not `terminate`: a library of the parent's (Ray, a server) may have left a handler for that signal.
+            worker.kill()
 
     def workers(self) -> set[BaseProcess]:
         """The processes of the pool that are alive."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ...tracer.placement import choose_tier, use_threads
 from ...tracer.probe import provenance
 from ...tracer.quantities import LinkSpec, format_bytes
 from ..calibrate import Calibration
-from ..machine import device_name
+from ..forecasts import forecaster_of
 from ..verdict import Pair, judge
 from .build import LABEL, expert_room, replay_dtype, unfilled_model
 from .machine import ReplayMachine, replay_notes
@@ -104,18 +104,11 @@ class Replay:
 
     def ready(self, calibration: Calibration, advance: Advance) -> Forecaster:
         """Predictions for this process as it is now."""
-        machine = self.machine
         notes = replay_notes(self.plan)
-        return Forecaster(
-            workload=self.workload,
-            costs=calibration.measure(advance),
-            shape=machine.loaded.shape,
-            trace_id=machine.trace_id,
-            device=f"{device_name(machine.device)}, {LABEL}",
-            link=machine.link_name,
-            link_origin=machine.link_origin,
-            submit_s=0.0,
-            decision_is_measured=True,
+        found = forecaster_of(self.machine, self.workload, calibration.measure(advance))
+        return replace(
+            found,
+            device=f"{found.device}, {LABEL}",
             provenance=provenance(self._seed, "own-generation", notes=notes),
             warnings=notes[:1],
         )

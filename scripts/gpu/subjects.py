@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from expertflow.runtime.calibrate import Calibration
 from expertflow.runtime.deploy import Prepared
-from expertflow.runtime.machine import Machine, device_name, generate_all
+from expertflow.runtime.forecasts import forecaster_of
+from expertflow.runtime.machine import Machine, generate_all
 from expertflow.runtime.paths.build import PredictorRequest, build_predictor
 from expertflow.runtime.paths.data import routed
 from expertflow.runtime.paths.files import load_predictor
@@ -32,9 +33,9 @@ from expertflow.runtime.stock import PlainRuns
 from expertflow.simulator.forecast import Forecaster
 from expertflow.simulator.result import Result
 from expertflow.simulator.workload import Workload, workload_of
+from expertflow.tracer.console import no_progress
 from expertflow.tracer.generate import Generated, Prompt
 from expertflow.tracer.load import LoadedModel, choose_device, load_model
-from expertflow.tracer.probe import provenance
 from expertflow.tracer.prompts import PromptText, read_prompts, tokenize
 from expertflow.tracer.quantities import LinkSpec
 from expertflow.tracer.store import Trace
@@ -93,19 +94,6 @@ def subject_of(name: str, settings: Settings) -> Subject:
     return EmbeddedSubject(settings) if name == EMBEDDED else ReplaySubject(name, settings)
 
 
-class _Silent:
-    def advance(self, amount: int = 1) -> None:
-        """Nothing to show."""
-
-    def phase(self, text: str) -> None:
-        """Nothing to show."""
-
-
-@contextmanager
-def _no_progress(title: str, total: int | None = None, unit: str = "") -> Iterator[_Silent]:
-    yield _Silent()
-
-
 def _hush(words: str) -> None:
     del words
 
@@ -123,20 +111,9 @@ class _Opened:
 
     def forecaster(self, calibration: Calibration) -> Forecaster:
         """Calibrate the runtime and the path predictor beside it."""
-        machine, costs = self.machine, calibration.measure(lambda _: None)
-        return Forecaster(
-            workload=self.workload,
-            costs=costs,
-            shape=machine.loaded.shape,
-            trace_id=machine.trace_id,
-            device=device_name(machine.device),
-            link=machine.link_name,
-            link_origin=machine.link_origin,
-            submit_s=0.0,
-            decision_is_measured=True,
-            provenance=provenance(0, "own-generation"),
-            path_costs=calibration.measure_paths(costs),
-        )
+        costs = calibration.measure(lambda _: None)
+        paths = calibration.measure_paths(costs)
+        return forecaster_of(self.machine, self.workload, costs, path_costs=paths)
 
 
 # --- routing replay ----------------------------------------------------------------------------
@@ -256,7 +233,7 @@ class EmbeddedSubject:
                 network=settings.network,
                 device=settings.device,
             )
-            build_predictor(request, progress=_no_progress, say=_hush)
+            build_predictor(request, progress=no_progress, say=_hush)
             paths, _ = load_predictor(request.out, self._device)
             loaded = self._loaded()
             ready: dict[int, _Opened] = {}
@@ -318,7 +295,7 @@ class EmbeddedSubject:
             dtype=self._settings.dtype,
             threads=torch.get_num_threads(),
         )
-        trace_run(request, progress=_no_progress, say=_hush)
+        trace_run(request, progress=no_progress, say=_hush)
         return Trace.open(out)
 
 

@@ -3,7 +3,6 @@
 import json
 import time
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +29,7 @@ from expertflow.simulator.paths import WEIGHTS, read_card
 from expertflow.simulator.policy.predictors.path import Path as PathMember
 from expertflow.simulator.policy.spec import Member
 from expertflow.simulator.workload import workload_of
+from expertflow.tracer.console import Silent, no_progress
 from expertflow.tracer.errors import InputError, PolicyError, UsageError
 from expertflow.tracer.generate import StepTokens
 from expertflow.tracer.main import main
@@ -42,19 +42,6 @@ from tests.runtime.test_offload import generated
 
 TINY = {"hidden": 8, "feedforward": 16, "blocks": 1}
 QUICK = Training(epochs=2, batch_size=4)
-
-
-class Silent:
-    def advance(self, amount=1):
-        pass
-
-    def phase(self, text):
-        pass
-
-
-@contextmanager
-def no_progress(title, total, unit):
-    yield Silent()
 
 
 def by_rule(sequences=40, prompt=6, new=14, vocab=24, layers=2, experts=8) -> Routed:
