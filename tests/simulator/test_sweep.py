@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -28,6 +28,7 @@ from expertflow.simulator.search import search
 from expertflow.simulator.space import (
     Budget,
     Option,
+    Point,
     Range,
     Space,
     bound_points,
@@ -582,15 +583,28 @@ def test_leaving_a_pool_ends_its_workers(judge, space):
     assert soon(lambda: not any(worker.is_alive() for worker in workers))
 
 
-def test_a_pool_ends_though_its_parent_outlives_a_request_to_stop(judge, space):
+@dataclass
+class Slow:
+    """A judge that takes an hour for every point but one."""
+
+    quick: Point
+
+    def predict(self, point):
+        time.sleep(0 if point == self.quick else 3600)
+
+
+def test_busy_workers_end_though_the_parent_has_a_handler_of_its_own_for_sigterm(space):
     usual = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        with ProcessExecutor(judge, 2) as pool:
-            next(iter(pool.run(grid(space))))
+        points = grid(space)
+        with ProcessExecutor(Slow(points[0]), 2, method="fork") as pool:  # type: ignore[arg-type]
+            next(iter(pool.run(points)))
             workers = list(pool.workers())
         assert soon(lambda: not any(worker.is_alive() for worker in workers))
     finally:
         signal.signal(signal.SIGTERM, usual)
+        for worker in workers:
+            worker.kill()
 
 
 def listening() -> set[str]:
