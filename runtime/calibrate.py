@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..simulator.account import RunRecord, largest_waves
+from ..simulator.account import RunRecord
+from ..simulator.activations import ONE_CALL, wave_rows
 from ..simulator.costs import CostModel, Linear, as_one_walk, fit_costs
 from ..simulator.own_costs import OwnCosts
 from ..simulator.paths import PathCosts
@@ -258,12 +259,16 @@ def memory_points(
                 found = measure_memory(
                     machine.loaded, [batch], machine.device, observer=session, first_step=first
                 )
-                shares = largest_waves(session.log)
+                rows = wave_rows(session.log, machine.loaded.shape.num_moe_layers)
             points += [
-                replace(point, largest_wave=shares.get(step, 1.0))
+                replace(point, waves=_divided(rows.get(step, ())))
                 for step, point in enumerate(found, start=first)
             ]
     return tuple(points)
+
+
+def _divided(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    return rows if any(later != ONE_CALL for _, later in rows) else ()
 
 
 def calibrate(

@@ -6,7 +6,6 @@ between predicted and measured can only come from the rows, never from how they 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,26 +209,6 @@ def percentiles(seconds: Sequence[float]) -> Percentiles:
         return Percentiles(mean=0.0, p50=0.0, p95=0.0, p99=0.0)
     p50, p95, p99 = np.quantile(seconds, [0.5, 0.95, 0.99])
     return Percentiles(mean=float(np.mean(seconds)), p50=float(p50), p95=float(p95), p99=float(p99))
-
-
-def largest_waves(log: Sequence[Entry]) -> dict[int, float]:
-    """By step: the largest share of an event's experts that ran in one wave."""
-    sizes: Counter[tuple[int, int, int]] = Counter()
-    for entry in log:
-        if entry.kind == "event" and entry.wave >= 0:
-            sizes[entry.step, entry.layer, entry.wave] += 1
-    largest: dict[tuple[int, int], int] = {}
-    total: Counter[tuple[int, int]] = Counter()
-    for (step, layer, _), size in sizes.items():
-        largest[step, layer] = max(size, largest.get((step, layer), 0))
-        total[step, layer] += size
-    shares: dict[int, float] = {}
-    for (step, layer), size in largest.items():
-        share = size / total[step, layer]
-        # A pass is in waves if any of its layers is; the worst of those layers sets its peak.
-        before = shares.get(step, 1.0)
-        shares[step] = share if before == 1.0 else before if share == 1.0 else max(before, share)
-    return shares
 
 
 def totals_of(record: RunRecord) -> RunTotals:

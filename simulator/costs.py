@@ -16,6 +16,8 @@ import numpy as np
 from ..tracer.quantities import LinkSpec
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import LinkProfile, MemoryPoint, ModelShape, Phase
+from .activations import Activations, fit_activations
+from .least_squares import non_negative
 
 _OUTLIER = 5.0
 """Rows this many times above their phase's median are clipped: one preemption is not a trend."""
@@ -75,8 +77,9 @@ class CostModel:
 
     Expert times are fitted for one walk over the model's own number of experts; `group_s` is what each
     slot more (or less) in a pool adds. `copy_s` and `wake_s` describe the link as the engine sees it:
-    seconds per copy of one expert, and per wait. `memory` are measured peaks of working tensors;
-    `gathered_bytes_per_token` is the size of the tensor in which waves gather their rows. `cpu_expert` is the
+    seconds per copy of one expert, and per wait. `memory` are measured peaks of working tensors; per token,
+    `gathered_bytes_per_token` is the size of the tensor in which waves gather their rows, `state_bytes` that of a
+    hidden state, `layer_kv_bytes` the KV cache from one MoE layer to the next. `cpu_expert` is the
     time of one expert on the CPU by (1, tokens); all zero if nobody measured or declared it. So is `kv_move`, of
     copying keys and values on the device, by (rows, bytes).
     """
@@ -91,6 +94,8 @@ class CostModel:
     num_experts: int
     group_s: float = 0.0
     gathered_bytes_per_token: int = 0
+    state_bytes: int = 0
+    layer_kv_bytes: float = 0.0
     memory: tuple[MemoryPoint, ...] = ()
     cpu_expert: Linear = NOT_MEASURED
     kv_move: Linear = NOT_MEASURED
@@ -158,45 +163,15 @@ class CostModel:
         expert_s, token_s = self.cpu_expert.weights
         return {"copy_s": self.copy_s, "expert_s": expert_s, "token_s": token_s}
 
-    def activation_bytes(
-        self,
-        phase: Phase,
-        batch: np.ndarray,
-        tokens: np.ndarray,
-        context: np.ndarray,
-        largest_wave: np.ndarray,
-    ) -> np.ndarray:
-        """Peak working tensors of passes of one phase, from the measured points of their kind: [passes]."""
-        found = self._activations(phase, batch, tokens, context, largest_wave, in_waves=False)
-        is_in_waves = largest_wave < 1
-        if is_in_waves.any():
-            in_waves = self._activations(phase, batch, tokens, context, largest_wave, in_waves=True)
-            found = np.where(is_in_waves, in_waves, found)
-        return found
-
-    def _activations(
-        self,
-        phase: Phase,
-        batch: np.ndarray,
-        tokens: np.ndarray,
-        context: np.ndarray,
-        largest_wave: np.ndarray,
-        *,
-        in_waves: bool,
-    ) -> np.ndarray:
-        points = [p for p in self.memory if p.phase == phase and (p.largest_wave < 1) == in_waves]
-        if not points and in_waves:
-            # Not measured: the pass as a whole, and the tensor that gathers the waves.
-            whole = np.ones(len(tokens))
-            found = self._activations(phase, batch, tokens, context, whole, in_waves=False)
-            return found + tokens * self.gathered_bytes_per_token
-        if not points:
-            return np.zeros(len(tokens))
-        sizes = [[1.0, p.tokens, p.batch * p.context, p.tokens * p.largest_wave] for p in points]
-        values = np.asarray([p.activation_bytes for p in points], dtype=np.float64)
-        fitted = _non_negative(np.asarray(sizes), values)
-        asked = np.stack([np.ones(len(tokens)), tokens, batch * context, tokens * largest_wave])
-        return fitted @ asked
+    def activations(self, phase: Phase) -> Activations:
+        """Peaks of working tensors in passes of a phase, from the measured points."""
+        return fit_activations(
+            self.memory,
+            phase,
+            partial=self.gathered_bytes_per_token,
+            state=self.state_bytes,
+            layer_kv=self.layer_kv_bytes,
+        )
 
     def with_link(self, link: LinkSpec) -> CostModel:
         """The same machine behind another link."""
@@ -311,6 +286,7 @@ def fit_costs(
     """
     rows = _Rows(steps, demand_loads, prefetch_loads)
     size = shape.expert_bytes
+    state_bytes = shape.hidden_size * _dtype_bytes(shape.dtype)
     return CostModel(
         prefill=_fit_phase(rows, "prefill"),
         decode=_fit_phase(rows, "decode"),
@@ -321,7 +297,9 @@ def fit_costs(
         chunk_bytes=link.chunk_bytes,
         num_experts=shape.num_experts,
         group_s=group_s,
-        gathered_bytes_per_token=shape.top_k * shape.hidden_size * _dtype_bytes(shape.dtype),
+        gathered_bytes_per_token=shape.top_k * state_bytes,
+        state_bytes=state_bytes,
+        layer_kv_bytes=shape.kv_bytes_per_token / shape.num_moe_layers,
         memory=memory,
     )
 
@@ -448,7 +426,7 @@ def _fit(features: Sequence[np.ndarray], seconds: np.ndarray) -> Linear:
     varies = np.ptp(matrix, axis=0) > 0
     varies[0] = True
     weights = np.zeros(matrix.shape[1])
-    weights[varies] = _non_negative(matrix[:, varies], target)
+    weights[varies] = non_negative(matrix[:, varies], target)
     fitted = matrix @ weights
     scale = np.median(target)
     residual = float(np.median(np.abs(fitted - target)) / scale) if scale > 0 else 0.0
@@ -464,17 +442,3 @@ def _fit_where(known: np.ndarray, features: Sequence[np.ndarray], seconds: np.nd
 def _clipped(seconds: np.ndarray) -> np.ndarray:
     middle = float(np.median(seconds))
     return np.minimum(seconds, _OUTLIER * middle) if middle > 0 else seconds
-
-
-def _non_negative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Least squares, dropping the most negative weight until none is left."""
-    active = list(range(matrix.shape[1]))
-    weights = np.zeros(matrix.shape[1])
-    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
-    while active:
-        solved, *_ = np.linalg.lstsq(matrix[:, active] / scale[active], target, rcond=None)
-        if (solved >= 0).all():
-            weights[active] = solved / scale[active]
-            return weights
-        active.pop(int(np.argmin(solved)))
-    return weights

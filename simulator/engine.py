@@ -21,7 +21,8 @@ from simpy.events import URGENT
 
 from ..tracer.schema import WHOLE_STEP
 from ..tracer.types import ExpertKey, ModelShape, Why
-from .account import LAPS, CopyRow, RunRecord, largest_waves
+from .account import LAPS, CopyRow, RunRecord
+from .activations import wave_rows
 from .costs import NO_TRAFFIC, CostModel, Traffic
 from .memory import PassSizes, predicted_memory
 from .policy.base import Demand, Load
@@ -201,13 +202,24 @@ class Simulation:
             log=self.log,
             sequences=self._source.sequences(),
             memory=predicted_memory(
-                PassSizes.of(self._walked, largest_waves(self.log)),
+                PassSizes.of(self._walked, self._expert_bytes()),
                 self._spec.slots,
                 self._shape,
                 self._costs,
             ),
             link_busy_s=self._link.busy_s,
         )
+
+    def _expert_bytes(self) -> list[float]:
+        """What the worst of each pass's events held."""
+        layers = self._shape.num_moe_layers
+        waves = wave_rows(self.log, layers)
+        return [
+            self._costs.activations(step.phase).experts.of_pass(
+                step.tokens, waves.get(step.step, ()), layers
+            )
+            for step in self._walked
+        ]
 
     def _walk(self) -> Generator[simpy.Event, Any, None]:
         while (found := self._source.next(self._env.now)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from .workload import StepDemand, Steps
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassSizes:
-    """Sizes of forward passes: [passes] each. `wave_share` is the largest share of an event that ran at once.
+    """Sizes of forward passes: [passes] each. `expert_bytes` is what the worst of a pass's events held.
 
     `kv_beside` counts positions of other batches' KV cache, none if it is None.
     """
@@ -24,26 +24,26 @@ class PassSizes:
     batch: np.ndarray
     tokens: np.ndarray
     context: np.ndarray
-    wave_share: np.ndarray
+    expert_bytes: np.ndarray
     kv_beside: np.ndarray | None = None
 
     @classmethod
-    def of(cls, walked: Sequence[StepDemand], waves: Mapping[int, float]) -> PassSizes:
-        """Sizes of single passes; those not in `waves` ran in one."""
+    def of(cls, walked: Sequence[StepDemand], expert_bytes: Sequence[float]) -> PassSizes:
+        """Sizes of single passes."""
         return cls(
             np.asarray([step.phase == "decode" for step in walked], dtype=bool),
             np.asarray([step.batch for step in walked], dtype=np.int64),
             np.asarray([step.tokens for step in walked], dtype=np.int64),
             np.asarray([step.context for step in walked], dtype=np.int64),
-            np.asarray([waves.get(step.step, 1.0) for step in walked]),
+            np.asarray(expert_bytes, dtype=np.float64),
             np.asarray([step.kv_beside for step in walked], dtype=np.int64),
         )
 
     @classmethod
-    def of_steps(cls, steps: Steps, wave_share: np.ndarray) -> PassSizes:
+    def of_steps(cls, steps: Steps, expert_bytes: np.ndarray) -> PassSizes:
         """Sizes of a workload's passes."""
         sizes = (steps.is_decode, steps.batch, steps.tokens, steps.context)
-        return cls(*sizes, wave_share, steps.kv_beside)
+        return cls(*sizes, expert_bytes, steps.kv_beside)
 
 
 def predicted_memory(
@@ -57,12 +57,11 @@ def predicted_memory(
     activations = np.zeros(len(kv))
     for phase in ("prefill", "decode"):
         is_phase = passes.is_decode == (phase == "decode")
-        activations[is_phase] = costs.activation_bytes(
-            phase,
+        activations[is_phase] = costs.activations(phase)(
             passes.batch[is_phase],
             passes.tokens[is_phase],
             passes.context[is_phase],
-            passes.wave_share[is_phase],
+            passes.expert_bytes[is_phase],
         )
     worst = int(np.argmax(kv + activations)) if len(kv) else None
     return MemoryResult(

@@ -16,8 +16,9 @@ import numpy as np
 
 from ..tracer.errors import InputError, ResourceError
 from ..tracer.quantities import format_bytes
-from ..tracer.types import ModelShape
+from ..tracer.types import ModelShape, Phase
 from ..tracer.widths import PassWidths
+from .activations import ONE_CALL
 from .costs import CostModel
 from .paths import WEIGHTS, read_card
 
@@ -33,7 +34,6 @@ DEVICE_RESERVE_BYTES = 512 * 2**20
 HOST_RESERVE_BYTES = 2**30
 """Declared: Python and its libraries, on a machine where nothing runs yet."""
 _STREAMED_LAYERS = 3
-_PART_OF_AN_EVENT = 0.999
 _COMPUTED: Basis = "computed from the config"
 
 
@@ -119,7 +119,7 @@ class MemoryNeeds:
     """What a run needs whatever the number of slots; `plan` adds them.
 
     `staging` is taken only by runs in which some event does not fit its slots. `streams`: the experts are loaded layer
-    by layer, straight into a file.
+    by layer, straight into a file. `is_drawn`: weights are not loaded but made where they stay.
     """
 
     shape: ModelShape
@@ -132,6 +132,7 @@ class MemoryNeeds:
     is_host: bool = False
     on_disk: bool = False
     streams: bool = False
+    is_drawn: bool = False
     basis: Mapping[str, Basis] = field(default_factory=dict)
 
     def plan(self, slots: int) -> MemoryPlan:
@@ -159,6 +160,8 @@ class MemoryNeeds:
 
         Into a file they go layer by layer, and the library makes about as much again of a layer, twice.
         """
+        if self.is_drawn:
+            return 0
         layer = self.shape.num_experts * self.shape.expert_bytes
         layers = _STREAMED_LAYERS if self.streams else self.shape.num_moe_layers + 1
         return self.shape.non_expert_bytes + layers * layer
@@ -201,7 +204,7 @@ def estimated_needs(
 ) -> MemoryNeeds:
     """What a run of this size needs. `measured` is a machine whose peaks of working tensors are used, if it has any."""
     if measured is not None and measured.memory:
-        activations, staging = _measured(measured, size)
+        activations, staging = _measured(measured, shape, size)
         found: Basis = "measured"
     else:
         activations = widths.activation_bytes(
@@ -298,25 +301,33 @@ def _way_out(needs: MemoryNeeds, device_bytes: int) -> str:
     )
 
 
-def _measured(costs: CostModel, size: RunSize) -> tuple[int, int]:
-    """Measured peaks of a run's largest passes, and what they take more if events run in waves: bytes."""
+def _measured(costs: CostModel, shape: ModelShape, size: RunSize) -> tuple[int, int]:
+    """Measured peaks of a run's largest passes, and what they take more if events run in waves: bytes.
 
-    def peak(share: float) -> int:
-        prefill = _peak(costs, "prefill", size.batch, size.tokens, size.context, share)
-        return max(prefill, _peak(costs, "decode", size.batch, size.batch, size.context, share))
+    Of waves the worst is taken: nearly all of an event's rows in one that is not the first.
+    """
 
-    whole = peak(1.0)
-    return whole, max(0, peak(_PART_OF_AN_EVENT) - whole)
+    def peak(*, in_waves: bool) -> int:
+        prefill = _peak(costs, "prefill", size.tokens, shape, size, in_waves=in_waves)
+        decode = _peak(costs, "decode", size.batch, shape, size, in_waves=in_waves)
+        return max(prefill, decode)
+
+    whole = peak(in_waves=False)
+    return whole, max(0, peak(in_waves=True) - whole)
 
 
 def _peak(
     costs: CostModel,
-    phase: Literal["prefill", "decode"],
-    batch: int,
+    phase: Phase,
     tokens: int,
-    context: int,
-    share: float,
+    shape: ModelShape,
+    size: RunSize,
+    *,
+    in_waves: bool,
 ) -> int:
-    batches, fed, contexts = (np.asarray([number]) for number in (batch, tokens, context))
-    found = costs.activation_bytes(phase, batches, fed, contexts, np.asarray([share]))
+    peaks = costs.activations(phase)
+    rows = tokens * shape.top_k
+    held = peaks.experts.of_event(tokens, rows, rows if in_waves else ONE_CALL, 0)
+    sizes = (np.asarray([number]) for number in (size.batch, tokens, size.context, held))
+    found = peaks(*sizes)
     return int(np.ceil(found[0]))

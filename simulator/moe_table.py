@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from ..tracer.errors import InputError, ResourceError, unknown_name
 from ..tracer.types import ModelShape, Phase
-from .costs import Linear, _non_negative
+from .costs import Linear
 from .hardware_profiles import BITS_PER_WEIGHT
+from .least_squares import non_negative
 
 INSTALLED = "aiconfigurator-core"
 """In place of a path: the tables inside the installed package of this name."""
@@ -113,7 +114,7 @@ class MoeTable:
             is_in = tokens <= _DECODE_TOKENS
             features, seconds = features[is_in], seconds[is_in]
         relative = features / seconds[:, None]
-        weights = _non_negative(relative, np.ones(len(seconds)))
+        weights = non_negative(relative, np.ones(len(seconds)))
         residual = float(np.median(np.abs(relative @ weights - 1)))
         scaled = weights * [1.0, self.tokens_scale, self.distinct_scale]
         return Linear((*scaled.tolist(), 0.0, 0.0, 0.0), residual)

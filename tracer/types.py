@@ -139,8 +139,9 @@ class HardwareProfile:
 class MemoryPoint:
     """Bytes of working tensors at their peak inside one forward pass (weights and KV excluded).
 
-    `largest_wave` is the largest share of an event's experts that ran in one wave; 1 unless slots
-    were short, in which case the rows of all waves are gathered in an extra tensor.
+    `waves` says how events were divided where slots were short, by MoE layer: rows (pairs of a token and one of its
+    experts) of the first wave, and the most of a later one, -1 for an event in one call. `largest_wave` is all that
+    older files say of it: the largest share of an event's experts in one wave.
     """
 
     phase: Phase
@@ -149,6 +150,7 @@ class MemoryPoint:
     context: int
     activation_bytes: int
     largest_wave: float = 1.0
+    waves: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,26 +87,28 @@ def demand(run: Run, event: int, is_prefill: bool) -> tuple[int, int, int, int, 
     """Answer one event; counts of hits, lates, misses, misses on the CPU, waves and cancels.
 
     The rest of the answer is in `scratch`: late, load and load_evicts (wave_loads of them by wave), wave_members,
-    cancel, and in miss_tokens the tokens of the experts on the CPU.
+    wave_rows, cancel, and in miss_tokens the tokens of the experts on the CPU.
     """
     work, slots, scratch, clock = run.work, run.slots, run.scratch, run.wire.clock
     experts = slots.experts
     pool = slots.pool_of[work.layer[event]]
     caches.begin(slots, work, pool, event, is_prefill)
-    hits = lates = misses = 0
+    hits = lates = misses = hit_rows = late_rows = 0
     for place in range(work.ptr[event], work.ptr[event + 1]):
         key = work.keys[place]
         if experts[key].where == RESIDENT:
             scratch[hits].hit = key
             hits += 1
+            hit_rows += work.counts[place]
             clock[0].useful += ledger.close(experts, key)
             caches.touch(slots, pool, key)
         elif experts[key].where == LOADING:
             scratch[lates].late = key
             lates += 1
+            late_rows += work.counts[place]
         else:
             scratch[misses].miss = key
-            scratch[misses].miss_tokens = work.counts[place]
+            scratch[misses].miss_tokens = scratch[misses].load_tokens = work.counts[place]
             misses += 1
     for number in range(lates):
         key = scratch[number].late
@@ -118,7 +120,7 @@ def demand(run: Run, event: int, is_prefill: bool) -> tuple[int, int, int, int, 
     for number in range(misses):
         ledger.close(experts, scratch[number].miss)
     on_cpu = _choose_cpu(run, misses)
-    waves, cancels = _make_waves(run, pool, hits, lates, misses - on_cpu)
+    waves, cancels = _make_waves(run, pool, hits, lates, hit_rows, late_rows, misses - on_cpu)
     return hits, lates, misses, on_cpu, waves, cancels
 
 
@@ -141,6 +143,7 @@ def _choose_cpu(run: Run, misses: int) -> int:
             taken += 1
         else:
             scratch[kept].miss = scratch[number].miss
+            scratch[kept].load_tokens = scratch[number].load_tokens
             kept += 1
     return chosen
 
@@ -166,10 +169,13 @@ def _sooner(run: Run, misses: int) -> int:
 
 
 @compiled
-def _make_waves(run: Run, pool: int, hits: int, lates: int, to_load: int) -> tuple[int, int]:
+def _make_waves(
+    run: Run, pool: int, hits: int, lates: int, hit_rows: int, late_rows: int, to_load: int
+) -> tuple[int, int]:
     slots, scratch, experts = run.slots, run.scratch, run.slots.experts
     capacity = slots.pools[pool].size + slots.pools[pool].staging
-    present, done, waves, cancels = hits + lates, 0, 0, 0
+    present, present_rows = hits + lates, hit_rows + late_rows
+    done = waves = cancels = 0
     is_split = slots.rules[0].misses == RESIDENT_FIRST
     while present > 0 or done < to_load or waves == 0:
         stamp = new_stamp(slots)
@@ -181,22 +187,25 @@ def _make_waves(run: Run, pool: int, hits: int, lates: int, to_load: int) -> tup
         fetched = min(capacity - present, to_load - done)
         for number in range(done, done + fetched):
             experts[scratch[number].miss].stamp = stamp
+        fetched_rows = 0
         for number in range(done, done + fetched):
             cancels = _load(run, pool, number, stamp, cancels)
+            fetched_rows += scratch[number].load_tokens
         scratch[waves].wave_loads = fetched
         scratch[waves].wave_members = present + fetched
+        scratch[waves].wave_rows = present_rows + fetched_rows
         scratch[waves].wave_waits = 1
         awaited = lates + fetched
         if is_split and waves == 0 and hits > 0 and awaited > 0:
             # What is there runs by itself; the next wave waits for what was asked for with this one.
-            scratch[0].wave_members = hits
+            scratch[0].wave_members, scratch[0].wave_rows = hits, hit_rows
             scratch[0].wave_waits = 0
             scratch[1].wave_loads = 0
-            scratch[1].wave_members = awaited
+            scratch[1].wave_members, scratch[1].wave_rows = awaited, late_rows + fetched_rows
             scratch[1].wave_waits = 1
             waves = 1
         done += fetched
-        present = 0
+        present = present_rows = 0
         waves += 1
     return waves, cancels
 

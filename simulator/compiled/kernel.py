@@ -27,7 +27,7 @@ def run_steps(run: Run, first: int, last: int) -> None:
         size = run.work.steps[step]
         phase = 1 if size.is_decode else 0
         out[step].start_s = clock[0].now_s
-        out[step].wave_share = 1.0
+        out[step].expert_bytes = 0.0
         if size.overhead_s > 0.0:
             link.spend(run.wire, size.overhead_s, True)
         for event in range(size.first_event, size.last_event):
@@ -80,7 +80,7 @@ def _run_event(run: Run, step: int, phase: int, event: int) -> None:
     decision_s += weights[2] * loads
     _compute(wire, DECISION, decision_s)
     cpu_end_s = clock[0].now_s + _cpu_s(run, on_cpu)
-    asked = _run_waves(run, step, phase, event, lates, loads, distinct - on_cpu, waves)
+    asked = _run_waves(run, step, phase, event, lates, loads, on_cpu, waves)
     now_s = clock[0].now_s
     if cpu_end_s > now_s:
         link.spend(wire, cpu_end_s - now_s, False)
@@ -121,12 +121,13 @@ def _run_waves(
     event: int,
     lates: int,
     loads: int,
-    on_device: int,
+    on_cpu: int,
     waves: int,
 ) -> int:
     """Load, predict, wait and compute, wave by wave; returns the prefetches asked for."""
     scratch, wire, experts = run.scratch, run.wire, run.slots.experts
-    done = asked = largest = flying = needed = 0
+    on_device = run.work.ptr[event + 1] - run.work.ptr[event] - on_cpu
+    done = asked = flying = needed = computed = first = later = 0
     for wave in range(waves):
         if wave == 0:
             flying = needed = lates
@@ -152,14 +153,33 @@ def _run_waves(
                 link.free(wire, scratch[number].needed)
             flying = needed = 0
         members = scratch[wave].wave_members
-        largest = max(largest, members)
         if members:
+            if computed == 0:
+                first = scratch[wave].wave_rows
+            else:
+                later = max(later, scratch[wave].wave_rows)
+            computed += 1
             seconds = _experts_s(run, step, phase, event, on_device, loads, asked, waves)
             _compute(wire, EXPERTS, seconds * (members / on_device))
-    if waves > 1:
-        share, before = largest / on_device, wire.out[step].wave_share
-        wire.out[step].wave_share = share if before == 1.0 else max(before, share)
+    is_whole = computed < 2 and on_cpu == 0
+    held = _expert_bytes(run, step, phase, event, first, later, is_whole)
+    wire.out[step].expert_bytes = max(wire.out[step].expert_bytes, held)
     return asked
+
+
+@compiled
+def _expert_bytes(
+    run: Run, step: int, phase: int, event: int, first: int, later: int, is_whole: bool
+) -> float:
+    """The compiled twin of activations.ExpertBytes.of_event."""
+    costs, tokens = run.costs[phase], run.work.steps[step].tokens
+    if is_whole:
+        peak = costs.row * first
+    else:
+        last = max(costs.gathered_row * later, costs.weighted * tokens)
+        peak = max(costs.gathered_row * first, costs.partial * tokens + last)
+    behind = run.wire.machine[0].num_layers - 1 - run.work.layer[event]
+    return peak - costs.layer_kv * (tokens * behind)
 
 
 @compiled

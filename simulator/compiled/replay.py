@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...tracer.types import ExpertKey, ModelShape
+from ...tracer.types import ExpertKey, ModelShape, Phase
 from ..account import LAPS, RunTotals, SequenceTimes, StepTotals
 from ..costs import CostModel
 from ..memory import PassSizes, predicted_memory
@@ -167,7 +168,7 @@ def add_up(
         walked.batch,
         walked.tokens,
         walked.context,
-        out["wave_share"],
+        out["expert_bytes"],
         walked.kv_beside,
     )
     return RunTotals(
@@ -293,7 +294,11 @@ def work_of(workload: Workload, tape: Tape, steps: Records) -> Work:
 def _costs(costs: CostModel) -> np.ndarray:
     """Rows: prefill, decode."""
     found = np.zeros(2, COSTS)
-    for row, phase in enumerate((costs.prefill, costs.decode)):
+    phases: tuple[Phase, Phase] = ("prefill", "decode")
+    for row, name_of_phase in enumerate(phases):
+        phase, held = costs.phase(name_of_phase), costs.activations(name_of_phase).experts
+        for field in fields(held):
+            found[field.name][row] = getattr(held, field.name)
         for name in ("mixer", "experts", "head", "decision", "lookahead"):
             found[name][row] = getattr(phase, name).weights
         found["readback_s"][row] = phase.readback_s
@@ -369,6 +374,7 @@ def _wire(costs: CostModel, shape: ModelShape, spec: PolicySpec) -> Wire:
         "writes_back": spec.writes_back,
         "expert_bytes": shape.expert_bytes,
         "num_experts": costs.num_experts,
+        "num_layers": shape.num_moe_layers,
     }
     for name, value in given.items():
         machine[name] = value

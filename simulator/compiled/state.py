@@ -85,8 +85,13 @@ COSTS = _record(
     lookahead="(3,)f8",
     pass_lookahead_s="f8",
     readback_s="f8",
+    row="f8",
+    gathered_row="f8",
+    partial="f8",
+    weighted="f8",
+    layer_kv="f8",
 )
-"""Weights of one phase's costs: see simulator.costs.PhaseCosts."""
+"""Weights of one phase's costs: see simulator.costs.PhaseCosts, and simulator.activations.ExpertBytes."""
 
 MACHINE = _record(
     cpu_expert_s="f8",
@@ -99,6 +104,7 @@ MACHINE = _record(
     writes_back="i8",
     expert_bytes="i8",
     num_experts="i8",
+    num_layers="i8",
 )
 """What both phases share: see simulator.costs.CostModel."""
 
@@ -201,12 +207,14 @@ SCRATCH = _record(
     late="i4",
     miss="i4",
     miss_tokens="i4",
+    load_tokens="i4",
     on_cpu="i4",
     order="i4",
     load="i4",
     load_evicts="i4",
     wave_loads="i4",
     wave_members="i4",
+    wave_rows="i4",
     wave_waits="i4",
     cancel="i4",
     needed="i4",
@@ -224,7 +232,7 @@ OUT = _record(
     lates="i8",
     misses="i8",
     bytes_moved="i8",
-    wave_share="f8",
+    expert_bytes="f8",
 )
 """Totals of one step."""
 

@@ -9,7 +9,6 @@ from expertflow.simulator.account import (
     RunContext,
     RunRecord,
     SequenceTimes,
-    largest_waves,
     percentiles,
     summarize,
     totals_of,
@@ -326,12 +325,3 @@ def test_run_without_rows_gives_zeros():
 
     assert result.tokens_per_s == result.hit_rate == result.stall_s == result.ttft.p99 == 0.0
     assert result.time.total_s == 0.0
-
-
-def test_waves_are_told_by_the_largest_share_of_an_event():
-    def ran(step: int, layer: int, expert: int, wave: int) -> Entry:
-        return Entry("event", step, layer, expert, 0, wave=wave, detail="miss")
-
-    log = [ran(0, 0, 0, 0), ran(0, 0, 1, 0), ran(0, 0, 2, 0), ran(0, 0, 3, 1), ran(0, 1, 0, 0)]
-
-    assert largest_waves([*log, ran(1, 0, 0, 0)]) == {0: 0.75, 1: 1.0}

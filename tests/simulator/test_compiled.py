@@ -22,6 +22,7 @@ from expertflow.simulator.policy.caches.lru import LRU
 from expertflow.simulator.policy.checked import Dice, tiny_lessons, tiny_shape
 from expertflow.simulator.policy.registry import allocations, caches, misses, predictors
 from expertflow.simulator.policy.spec import make_spec
+from expertflow.tracer.types import MemoryPoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +55,7 @@ def random_run(dice: Dice, **fixed: str):
     machine = make_machine(
         **costs, busy=costs["copy"] * (1.0, 1.7)[dice.below(2)], chunks=(1, 3, 8)[dice.below(3)]
     )
-    machine = replace(machine, cpu_expert=Linear((0.4, 0.1)))
+    machine = replace(machine, cpu_expert=Linear((0.4, 0.1)), **peaks(layers))
     names = {
         "cache": dice.some(caches.names(), 1)[0],
         "allocation": dice.some(allocations.names(), 1)[0],
@@ -69,6 +70,33 @@ def random_run(dice: Dice, **fixed: str):
         shape,
         machine,
     )
+
+
+def peaks(layers: int) -> dict[str, object]:
+    """Measured peaks of working tensors, of passes in waves too."""
+    shares = {(): 140, ((2, 1),) * layers: 132, ((1, 2),) * layers: 180}
+    points = (
+        MemoryPoint(
+            phase=phase,
+            batch=1,
+            tokens=tokens,
+            context=tokens,
+            activation_bytes=tokens * size,
+            waves=tuple((first * tokens, later * tokens) for first, later in waves),
+        )
+        for phase in ("prefill", "decode")
+        for tokens in (1, 4, 9)
+        for waves, size in shares.items()
+    )
+    sizes = {"gathered_bytes_per_token": 48, "state_bytes": 16, "layer_kv_bytes": 2.5}
+    return {"memory": tuple(points), **sizes}
+
+
+def test_the_machines_of_these_tests_charge_waves_by_their_rows():
+    machine = replace(make_machine(), **peaks(3))
+
+    for phase in ("prefill", "decode"):
+        assert machine.activations(phase).experts.row > 0
 
 
 def spent_before(workload, dice: Dice):

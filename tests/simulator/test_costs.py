@@ -10,7 +10,7 @@ from expertflow.simulator.costs import NO_TRAFFIC, CostModel, Linear, as_one_wal
 from expertflow.simulator.policy.checked import tiny_shape
 from expertflow.tracer.quantities import LinkSpec
 from expertflow.tracer.schema import WHOLE_STEP
-from expertflow.tracer.types import LinkCurve, LinkProfile, MemoryPoint
+from expertflow.tracer.types import LinkCurve, LinkProfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,64 +211,6 @@ def test_policy_time_is_charged_only_where_none_was_measured(machine):
 def test_linear_refuses_features_it_was_not_fitted_to():
     with pytest.raises(ValueError, match="shorter"):
         Linear((1.0, 2.0))(1)
-
-
-def points(*sizes: tuple[int, int, int]) -> tuple[MemoryPoint, ...]:
-    """Peaks of 1000 + 50 bytes per token + 3 per cached token."""
-    return tuple(
-        MemoryPoint(
-            phase="prefill",
-            batch=batch,
-            tokens=tokens,
-            context=context,
-            activation_bytes=1000 + 50 * tokens + 3 * batch * context,
-        )
-        for batch, tokens, context in sizes
-    )
-
-
-def passes(*sizes: tuple[int, int, int, float]) -> tuple[np.ndarray, ...]:
-    """Batch, tokens, context and largest wave of passes, as arrays."""
-    return tuple(np.array(column) for column in zip(*sizes, strict=True))
-
-
-def test_memory_between_measured_points_is_interpolated(machine):
-    measured = points((1, 16, 16), (2, 64, 32), (4, 64, 128), (1, 256, 256))
-    model = replace(machine(), memory=measured)
-
-    found = model.activation_bytes("prefill", *passes((2, 100, 50, 1.0), (1, 16, 16, 1.0)))
-
-    assert found == pytest.approx([1000 + 50 * 100 + 3 * 100, 1000 + 50 * 16 + 3 * 16], rel=0.02)
-
-
-def test_memory_at_a_single_measured_point_is_that_point(machine):
-    model = replace(machine(), memory=points((2, 64, 32)))
-
-    (found,) = model.activation_bytes("prefill", *passes((2, 64, 32, 1.0)))
-    unknown = model.activation_bytes("decode", *passes((2, 2, 32, 1.0), (2, 2, 32, 0.5)))
-
-    assert found == pytest.approx(1000 + 3200 + 192)
-    assert unknown.tolist() == [0.0, 0.0]
-
-
-def test_memory_of_waves_adds_the_tensor_that_gathers_them(machine):
-    model = replace(machine(), memory=points((2, 64, 32)), gathered_bytes_per_token=10)
-
-    sizes = passes((2, 64, 32, 1.0), (2, 64, 32, 0.5))
-
-    whole, waves = model.activation_bytes("prefill", *sizes)
-
-    assert waves == whole + 640
-
-
-def test_memory_of_waves_is_that_measured_in_waves(machine):
-    whole, waves = points((2, 64, 32), (2, 64, 32))
-    waves = replace(waves, activation_bytes=7000, largest_wave=0.5)
-    model = replace(machine(), memory=(whole, waves), gathered_bytes_per_token=10)
-
-    found = model.activation_bytes("prefill", *passes((2, 64, 32, 1.0), (2, 64, 32, 0.5)))
-
-    assert found == pytest.approx([4392, 7000])
 
 
 def test_copies_are_cut_into_whole_chunks(machine):

@@ -378,7 +378,7 @@ def test_memory_peaks_where_cache_and_working_tensors_together_are_largest(machi
     heavy = MemoryPoint(phase="prefill", batch=1, tokens=4, context=4, activation_bytes=10**6)
 
     def found(costs):
-        passes = PassSizes.of_steps(workload.steps, np.ones(3))
+        passes = PassSizes.of_steps(workload.steps, np.zeros(3))
         return predicted_memory(passes, 3, shape, costs)
 
     late, early = found(machine()), found(replace(machine(), memory=(heavy,)))

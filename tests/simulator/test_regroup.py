@@ -474,7 +474,7 @@ def test_kv_caches_of_the_other_batches_count_as_device_memory():
     workload, shape = recorded([3, 3, 3, 3]), tiny_shape(LAYERS, EXPERTS, 1)
 
     def kv_bytes(made):
-        sizes = PassSizes.of_steps(made.steps, np.ones(len(made.steps)))
+        sizes = PassSizes.of_steps(made.steps, np.zeros(len(made.steps)))
         return predicted_memory(sizes, 4, shape, costs_of()).kv_cache
 
     alone, turns = (
