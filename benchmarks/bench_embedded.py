@@ -238,7 +238,12 @@ class Trials:
         if not self._measures_memory:
             self._memory[key] = _NO_MEMORY
         if key not in self._memory:
-            self._memory[key] = self._machine.peak_memory(spec, self._prompts, self._size)
+            self._memory[key] = self._machine.peak_of_run(
+                spec,
+                self._prompts,
+                batch_size=self._size,
+                max_new_tokens=self._new_tokens,
+            )
         record, outputs = self._machine.run(
             spec,
             self._prompts,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -183,15 +183,50 @@ class Machine:
             if session.scheduler is None:
                 largest = max(batches(prompts, batch_size), key=_padded)
                 found = peaks(self.loaded, largest, self.device, observer=session, first_step=first)
-                positions = {info.step: info.batch * info.context for info, _ in found}
-            else:
-                found, positions = self._unit_peaks(session, prompts, batch_size, first)
-            slots = session.store.arena.num_bytes
+                return self._memory_of(session, spec, found, _kv_positions(found))
+            found, positions = self._unit_peaks(session, prompts, batch_size, first)
+            return self._memory_of(session, spec, found, positions)
+
+    def peak_of_run(
+        self,
+        spec: PolicySpec,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+    ) -> MemoryResult:
+        """The same over all passes of a run, run again: waves differ from pass to pass, and the KV cache grows.
+
+        On the CPU it takes about as long as two runs, since every operation is watched.
+        """
+        with self.session(spec) as session:
+            loops: list[UnitLoop] = []
+
+            def generate(watch: StepObserver) -> None:
+                loop = self._loop(session, batch_size, max_new_tokens, watch)
+                if loop is None:
+                    self._generate(watch, prompts, batch_size, max_new_tokens)
+                else:
+                    loops.append(loop)
+                    loop.run(prompts)
+
+            found = peaks_of(generate, self.device, session)
+            positions = loops[0].kv_positions if loops else _kv_positions(found)
+            return self._memory_of(session, spec, found, positions)
+
+    def _memory_of(
+        self,
+        session: Session,
+        spec: PolicySpec,
+        found: Sequence[tuple[StepInfo, int]],
+        positions: Mapping[int, int],
+    ) -> MemoryResult:
+        """The worst pass by class; `positions` of KV caches by step."""
         info, peak = max(found, key=lambda item: item[1])
         kv_bytes = self.loaded.shape.kv_bytes_per_token * positions[info.step]
         return MemoryResult(
             non_expert_weights=parameter_bytes(self.loaded),
-            slots=slots,
+            slots=session.store.arena.num_bytes,
             kv_cache=min(kv_bytes, peak),
             activations=max(0, peak - kv_bytes),
             predictor=predictor_bytes(self.paths) if "paths" in spec.needs() else 0,
@@ -263,6 +298,10 @@ class Machine:
     def close(self) -> None:
         """Give back page locks and files."""
         self.blocks.close()
+
+
+def _kv_positions(found: Sequence[tuple[StepInfo, int]]) -> dict[int, int]:
+    return {info.step: info.batch * info.context for info, _ in found}
 
 
 def _padded(batch: Sequence[Prompt]) -> int:

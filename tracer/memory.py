@@ -35,23 +35,18 @@ class _CpuMeter(TorchDispatchMode):
         self._owners: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            leaf.untyped_storage().data_ptr()
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, torch.Tensor)
-        }
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in [result] if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
-                self._count(leaf, given)
+                self._count(leaf, (args, kwargs))
         return result
 
-    def _count(self, tensor: torch.Tensor, given: set[int]) -> None:
+    def _count(self, tensor: torch.Tensor, given: Any) -> None:
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
-        if place in given and place not in self._owners:
-            return  # a view of something made before the meter: a weight
         if place not in self._owners:
+            if place in _places(given):
+                return  # a view of something made before the meter: a weight
             self._owners[place] = 0
             self.live_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
@@ -65,6 +60,11 @@ class _CpuMeter(TorchDispatchMode):
         if self._owners[place] == 0:
             del self._owners[place]
             self.live_bytes -= size
+
+
+def _places(tree: Any) -> set[int]:
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves}
 
 
 class PeakMeter:
