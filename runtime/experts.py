@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .session import Session
 
 
+_FEW = 64
+"""So many choices are counted sooner without numpy."""
+
+
 class OffloadedExperts:
     """Handler of one MoE layer. See tracer.hooks; what is done with an event is in driver.py."""
 
@@ -62,12 +66,12 @@ class OffloadedExperts:
             routed = session.routing.route(self._layer, top_k_index, top_k_weights, chosen)
             wanted, chosen, top_k_weights = routed.chosen, routed.computed, routed.weights
         real = wanted if session.routing is None else wanted[wanted != NO_EXPERT]
-        experts, counts = np.unique(real, return_counts=True)
+        experts, counts = _counted(real)
         weights = self._weights(top_k_weights, chosen)
         if session.loads_whole_layers:
             experts, counts, weights = self._all(experts, counts, weights)
         work = _Event(self, hidden_states, wanted, chosen, top_k_weights)
-        answer = session.driver.event(self._layer, experts.tolist(), counts.tolist(), weights, work)
+        answer = session.driver.event(self._layer, experts, counts, weights, work)
         timer.lap("decision_s")
         output = work.output()
         if work.is_gathered:
@@ -95,15 +99,17 @@ class OffloadedExperts:
         return output
 
     def _all(
-        self, experts: np.ndarray, counts: np.ndarray, weights: list[float]
-    ) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        self, experts: list[int], counts: list[int], weights: list[float]
+    ) -> tuple[list[int], list[int], list[float]]:
         """All experts of the layer, with no token and no weight for those that nobody chose."""
-        width = self._session.shape.num_experts
-        tokens = np.zeros(width, counts.dtype)
-        tokens[experts] = counts
-        shares = np.zeros(width)
-        shares[experts] = weights or 0.0
-        return np.arange(width), tokens, shares.tolist() if weights else []
+        everybody = list(range(self._session.shape.num_experts))
+        tokens = dict(zip(experts, counts, strict=True))
+        shares = dict(zip(experts, weights, strict=True)) if weights else {}
+        return (
+            everybody,
+            [tokens.get(expert, 0) for expert in everybody],
+            [shares.get(expert, 0.0) for expert in everybody] if weights else [],
+        )
 
     def _weights(self, top_k_weights: torch.Tensor, chosen: np.ndarray) -> list[float]:
         """Summed gate weights of the distinct experts, ascending, if the policy asks for them."""
@@ -192,6 +198,18 @@ class _Event:
         if self._partial is None:
             return self._whole
         return combine(self._partial, self._states, self._weights)
+
+
+def _counted(chosen: np.ndarray) -> tuple[list[int], list[int]]:
+    """The distinct experts, ascending, and how many tokens chose each."""
+    if chosen.size > _FEW:
+        experts, counts = np.unique(chosen, return_counts=True)
+        return experts.tolist(), counts.tolist()
+    found: dict[int, int] = {}
+    for expert in chosen.ravel().tolist():
+        found[expert] = found.get(expert, 0) + 1
+    ordered = sorted(found)
+    return ordered, [found[expert] for expert in ordered]
 
 
 def _without_holes(chosen: np.ndarray) -> list[list[int]]:

@@ -8,7 +8,7 @@ demanded together, and none may evict another. An event larger than its pool run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...tracer.types import ExpertKey
@@ -140,12 +140,10 @@ class Residency:
             pool.cache.touch(key)
         for key in late:
             self._settle(pool, key, self._loading.pop(key))
-        first = 0 if self.log is None else len(self.log)
-        on_cpu = self._compute_on_cpu(step, keys, misses, facts)
-        to_load = [key for key in misses if key.expert not in on_cpu]
-        waves, cancels = self._waves(step, pool, hits, late, to_load)
-        if self.log is not None:
-            _write_facts(self.log, first, experts, facts)
+        rows = None if self.log is None else _EventRows(self.log, step, keys, facts)
+        on_cpu = self._compute_on_cpu(keys, misses, facts, rows)
+        to_load = [key for key in misses if key.expert not in on_cpu] if on_cpu else misses
+        waves, cancels = self._waves(step, pool, hits, late, to_load, rows)
         if self._hear is not None:
             told = Outcome(tuple(hits), tuple(late), tuple(misses), tuple(self._fetched))
             self._fetched.clear()
@@ -250,20 +248,19 @@ class Residency:
 
     def _compute_on_cpu(
         self,
-        step: int,
         keys: Sequence[ExpertKey],
         misses: Sequence[ExpertKey],
         facts: Facts,
+        rows: _EventRows | None,
     ) -> list[int]:
         if not misses:
             return []
         tokens = dict(zip(keys, facts.tokens, strict=True)) if facts.tokens else {}
         places = self._misses.on_cpu([tokens.get(key, 1) for key in misses])
-        found = sorted(misses[place].expert for place in places)
-        if self.log is not None:
-            layer = keys[0].layer
-            self.log.extend(Entry("event", step, layer, expert, detail="cpu") for expert in found)
-        return found
+        chosen = sorted(misses[place] for place in places)
+        if rows is not None:
+            rows.add(-1, chosen, [-1] * len(chosen), "cpu")
+        return [key.expert for key in chosen]
 
     def _waves(
         self,
@@ -272,13 +269,15 @@ class Residency:
         hits: list[ExpertKey],
         late: list[ExpertKey],
         misses: list[ExpertKey],
+        rows: _EventRows | None,
     ) -> tuple[list[Wave], list[ExpertKey]]:
         capacity = len(pool.slots)
         cancels: list[ExpertKey] = []
         waves: list[Wave] = []
         present = [*hits, *late]
         todo = misses
-        outcomes = dict.fromkeys(hits, "hit") | dict.fromkeys(late, "late")
+        if rows is not None:
+            rows.outcomes = dict.fromkeys(hits, "hit") | dict.fromkeys(late, "late")
         while present or todo or not waves:
             room = capacity - len(present)
             fetched, todo = todo[:room], todo[room:]
@@ -288,12 +287,15 @@ class Residency:
             awaited = sorted([*late, *fetched])
             if self._residents_first and awaited and len(awaited) < len(members):
                 # Only the first round holds residents.
+                divided = (hits, awaited)
                 waves += (self._wave(hits, loads, late, waits=False), self._wave(awaited))
-                self._log_wave(step, 0, hits, waves[0].slots, outcomes)
-                self._log_wave(step, 1, awaited, waves[1].slots, outcomes)
             else:
+                divided = (members,)
                 waves.append(self._wave(members, loads, late))
-                self._log_wave(step, len(waves) - 1, members, waves[-1].slots, outcomes)
+            if rows is not None:
+                first = len(waves) - len(divided)
+                for number, part in enumerate(divided, start=first):
+                    rows.add(number, part, waves[number].slots)
             for load in loads:
                 self._log_load(step, load)
             present, late = [], []
@@ -351,32 +353,46 @@ class Residency:
         gone = load.evicts or (-1, -1)
         self.log.append(Entry("load", step, *load.key, load.slot, *gone, detail=load.why))
 
-    def _log_wave(
-        self,
-        step: int,
-        wave: int,
-        members: Iterable[ExpertKey],
-        slots: Iterable[int],
-        outcomes: Mapping[ExpertKey, str],
+
+class _EventRows:
+    """Writes one event's rows with its facts, so that the log alone can be replayed. Of no outcome is a miss."""
+
+    __slots__ = ("_facts", "_is_prefill", "_log", "_step", "outcomes")
+
+    def __init__(
+        self, log: list[Entry], step: int, keys: Sequence[ExpertKey], facts: Facts
     ) -> None:
-        if self.log is None:
-            return
+        self._log, self._step = log, step
+        self._is_prefill = facts.is_prefill
+        tokens = facts.tokens or (1,) * len(keys)
+        weights = facts.weights or (-1.0,) * len(keys)
+        self._facts = dict(zip(keys, zip(tokens, weights, strict=True), strict=True))
+        self.outcomes: Mapping[ExpertKey, str] = {}
+
+    def add(
+        self,
+        wave: int,
+        members: Sequence[ExpertKey],
+        slots: Sequence[int],
+        outcome: str | None = None,
+    ) -> None:
+        """Experts of one wave and their slots; `outcome` if it is one for all."""
         for key, slot in zip(members, slots, strict=True):
-            outcome = outcomes.get(key, "miss")
-            self.log.append(Entry("event", step, *key, slot, wave=wave, detail=outcome))
-
-
-def _write_facts(log: list[Entry], first: int, experts: Sequence[int], facts: Facts) -> None:
-    """Add an event's facts to its rows, so that the log alone can be replayed."""
-    if facts is NO_FACTS:
-        return
-    place = {expert: number for number, expert in enumerate(experts)}
-    for row in range(first, len(log)):
-        entry = log[row]
-        if entry.kind == "event":
-            number = place[entry.expert]
-            log[row] = entry._replace(
-                tokens=facts.tokens[number] if facts.tokens else 1,
-                weight=facts.weights[number] if facts.weights else -1.0,
-                is_prefill=facts.is_prefill,
+            tokens, weight = self._facts[key]
+            detail = outcome or self.outcomes.get(key, "miss")
+            self._log.append(
+                Entry(
+                    "event",
+                    self._step,
+                    key.layer,
+                    key.expert,
+                    slot,
+                    -1,
+                    -1,
+                    wave,
+                    detail,
+                    tokens,
+                    weight,
+                    self._is_prefill,
+                )
             )
