@@ -1,8 +1,9 @@
 """One memory budget: what a run takes on the device and on the host, by class, before anything is allocated.
 
 `plan` makes it from a config, `deploy` before it loads; both refuse by the same sums. Bytes that are known exactly
-(weights, slots, KV cache) are computed; working tensors are measured ones where a machine file has them, else an upper
-estimate; what no config can tell (context of the driver, libraries) is declared, and every class says which it is.
+(weights, slots, KV cache) are computed; working tensors are measured ones where a machine file has them, else those of
+passes over shapes; what no config can tell (context of the driver, libraries) is declared, and every class says which
+it is.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import numpy as np
 from ..tracer.errors import InputError, ResourceError
 from ..tracer.quantities import format_bytes
 from ..tracer.types import ModelShape, Phase
-from ..tracer.widths import PassWidths
+from ..tracer.widths import WorkingTensors
 from .activations import ONE_CALL
 from .costs import CostModel
 from .paths import WEIGHTS, read_card
 
 Basis = Literal[
     "computed from the config",
+    "worked out by passes over shapes",
     "upper estimate from the config",
     "estimate from the config",
     "measured",
@@ -41,13 +43,15 @@ _COMPUTED: Basis = "computed from the config"
 class RunSize:
     """The largest pass of a run: `tokens` of `batch` sequences, and the positions each sequence has in the end.
 
-    `sequences` have a KV cache at the same time: more than the batch where batches are decoded in turns.
+    `sequences` have a KV cache at the same time: more than the batch where batches are decoded in turns. `in_parts`:
+    a pass feeds parts of prompts, with a mask over what is cached.
     """
 
     batch: int
     tokens: int
     context: int
     sequences: int
+    in_parts: bool = False
 
     @classmethod
     def of(cls, batch: int, prompt: int, context: int) -> RunSize:
@@ -120,12 +124,14 @@ class MemoryNeeds:
 
     `staging` is taken only by runs in which some event does not fit its slots. `streams`: the experts are loaded layer
     by layer, straight into a file. `is_drawn`: weights are not loaded but made where they stay.
+    `kept_per_sequence` are states that a sequence has beside its KV cache, whatever its length.
     """
 
     shape: ModelShape
     size: RunSize
     activations: int
     staging: int
+    kept_per_sequence: int = 0
     predictor: int = 0
     reserve: int = 0
     host_reserve: int = 0
@@ -143,7 +149,8 @@ class MemoryNeeds:
             total_experts=shape.total_experts,
             expert_bytes=shape.expert_bytes,
             non_expert_weights=shape.non_expert_bytes,
-            kv_cache=shape.kv_bytes_per_token * self.size.sequences * self.size.context,
+            kv_cache=self.size.sequences
+            * (shape.kv_bytes_per_token * self.size.context + self.kept_per_sequence),
             staging=0 if slots // shape.num_moe_layers >= self.largest_event else self.staging,
             activations=self.activations,
             predictor=self.predictor,
@@ -192,7 +199,7 @@ class MemoryNeeds:
 def estimated_needs(
     shape: ModelShape,
     size: RunSize,
-    widths: PassWidths,
+    widths: WorkingTensors,
     *,
     measured: CostModel | None = None,
     predictor: int = 0,
@@ -206,17 +213,23 @@ def estimated_needs(
     if measured is not None and measured.memory:
         activations, staging = _measured(measured, shape, size)
         found: Basis = "measured"
+        kept = 0  # states are among the measured working tensors
     else:
         activations = widths.activation_bytes(
-            batch=size.batch, tokens=size.tokens, context=size.context
+            batch=size.batch,
+            tokens=size.tokens,
+            context=size.context,
+            in_parts=size.in_parts,
         )
         staging = size.tokens * shape.top_k * shape.hidden_size * widths.item_bytes
-        found = "upper estimate from the config" if widths.is_upper else "estimate from the config"
+        found = _how(widths)
+        kept = widths.kept_per_sequence
     return MemoryNeeds(
         shape=shape,
         size=size,
         activations=activations,
         staging=staging,
+        kept_per_sequence=kept,
         predictor=predictor,
         reserve=reserve,
         host_reserve=host_reserve,
@@ -227,7 +240,7 @@ def estimated_needs(
             "slots": _COMPUTED,
             "non_expert_weights": _COMPUTED,
             "kv_cache": _COMPUTED,
-            "staging": found,
+            "staging": "measured" if found == "measured" else "upper estimate from the config",
             "activations": found,
             "predictor": _COMPUTED,
             "reserve": "declared",
@@ -236,6 +249,12 @@ def estimated_needs(
             "host_reserve": "declared",
         },
     )
+
+
+def _how(widths: WorkingTensors) -> Basis:
+    if widths.is_by_pass:
+        return "worked out by passes over shapes"
+    return "upper estimate from the config" if widths.is_upper else "estimate from the config"
 
 
 def predictor_file_bytes(folder: Path | None) -> int:
@@ -265,7 +284,7 @@ def require_room(
     if device_bytes is not None and plan.device_bytes > device_bytes:
         raise ResourceError(
             f"{slots} slots do not fit: the run needs {format_bytes(plan.device_bytes)} on {device} "
-            f"({classes_text(plan)}), {format_bytes(device_bytes)} may be used. {_way_out(needs, device_bytes)}"
+            f"({classes_text(plan)}), {allowed(device_bytes, plan.device_bytes)}. {_way_out(needs, device_bytes)}"
         )
     if host_bytes is not None and plan.host_bytes > host_bytes:
         advice = (
@@ -276,9 +295,17 @@ def require_room(
         raise ResourceError(
             f"The run needs {format_bytes(plan.host_bytes)} of host memory "
             f"({format_bytes(plan.host_experts)} of experts while it runs, {format_bytes(plan.host_loading)} while "
-            f"the model is loaded), {format_bytes(host_bytes)} may be used. {advice}"
+            f"the model is loaded), {allowed(host_bytes, plan.host_bytes)}. {advice}"
         )
     return plan
+
+
+def allowed(num_bytes: int, needed: int) -> str:
+    """What may be used, beside a need that is larger; how much larger, if one does not see it."""
+    words = f"{format_bytes(num_bytes)} may be used"
+    if format_bytes(num_bytes) == format_bytes(needed):
+        return f"{words}, {needed - num_bytes} B too few"
+    return words
 
 
 def classes_text(plan: MemoryPlan) -> str:

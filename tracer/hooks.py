@@ -20,6 +20,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from .errors import ResourceError, UsageError
+from .kept import kept_bytes
 from .types import ModelShape
 
 IMPLEMENTATION = "expertflow"
@@ -364,7 +365,7 @@ def model_shape(
         top_k=_top_k(config, first),
         expert_bytes=packed_bytes(first),
         non_expert_bytes=non_expert,
-        kv_bytes_per_token=_kv_bytes_per_token(model, model.dtype),
+        kv_bytes_per_token=kept_bytes(model, layers).per_token,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
     )
@@ -414,31 +415,3 @@ def _num_layers(model: Any) -> int:
         return config.num_hidden_layers
     decoder = getattr(config, "decoder_layers", None) or config.num_decoder_layers
     return _encoder_layers(model) + decoder
-
-
-_NO_CACHE = frozenset({"linear_attention", "mamba", "conv", "moe", "mlp", "recurrent"})
-"""Kinds of layer whose state does not grow with the text."""
-
-
-def _kv_bytes_per_token(model: Any, dtype: torch.dtype) -> int:
-    config = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        decoder_layers = _num_layers(model) - _encoder_layers(model)
-        return decoder_layers * _cached_elements(config) * dtype.itemsize
-    number = config.num_hidden_layers
-    kinds = (getattr(config, "layer_types", None) or [])[:number] or [""] * number
-    # Configs that differ from layer to layer can be asked for one layer only.
-    each = getattr(config, "per_layer_config", None)
-    layers = [each[place] if each else config for place in range(number)]
-    caching = [layer for layer, kind in zip(layers, kinds, strict=False) if kind not in _NO_CACHE]
-    return sum(_cached_elements(layer) for layer in caching) * dtype.itemsize
-
-
-def _cached_elements(config: Any) -> int:
-    """Elements that one layer of attention keeps of one token."""
-    latent = getattr(config, "kv_lora_rank", None)
-    if latent:  # latent attention caches one compressed state and one rotated key for all heads
-        return latent + config.qk_rope_head_dim
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    return 2 * heads * (size or config.hidden_size // config.num_attention_heads)

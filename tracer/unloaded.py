@@ -1,7 +1,8 @@
 """What a model will be once it is loaded, from its config alone: no weight is read or made.
 
 The model is built on torch's meta device, where tensors have a shape and no memory; MoE layers are found in it as in a
-loaded one (hooks.py, adapters), so whatever can be traced can be described.
+loaded one (hooks.py, adapters), so whatever can be traced can be described. What it keeps of a text, and what a pass
+makes, the model itself tells by passes over shapes (dry_pass.py).
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from torch import nn
 
 from . import embedded
 from .adapters import ADAPTERS, adapt
+from .dry_pass import dry_model
 from .errors import ResourceError
 from .hooks import ExpertLayer, expert_layers, model_shape
+from .kept import NOT_ASKED, kept_bytes
 from .load import EMBEDDED, choose_dtype, model_class, quiet_transformers
+from .pass_peaks import PassPeaks
 from .types import ModelShape
-from .widths import PassWidths
+from .widths import PassWidths, WorkingTensors
 
 _PLAIN = frozenset({"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp"})
 """Kinds of layer whose working tensors are counted in full."""
@@ -28,10 +32,10 @@ _PLAIN = frozenset({"full_attention", "sliding_attention", "chunked_attention", 
 
 @dataclass(frozen=True, slots=True)
 class UnloadedModel:
-    """A model's shape and widths, read from its config. `notes` are for whoever reads the numbers."""
+    """A model's shape and working tensors, known from its config. `notes` are for whoever reads the numbers."""
 
     shape: ModelShape
-    widths: PassWidths
+    widths: WorkingTensors
     notes: tuple[str, ...] = ()
     is_adapted: bool = False
     """Its family keeps experts in its own way, so that they cannot be loaded one layer at a time."""
@@ -60,7 +64,10 @@ def describe(
     shape = model_shape(
         model, layers, model_id=EMBEDDED if is_embedded else source, revision=revision
     )
-    return UnloadedModel(shape, _widths(model, layers, shape), notes, is_adapted)
+    widths = pass_widths(model, layers, shape)
+    if not widths.is_by_pass:
+        notes += (NOT_ASKED,)
+    return UnloadedModel(shape, widths, notes, is_adapted)
 
 
 def tokenizer_of(name: str | None) -> Any:
@@ -140,7 +147,17 @@ def _on_meta(config: Any, dtype: torch.dtype, source: str) -> Any:
         ) from None
 
 
-def _widths(model: Any, layers: list[ExpertLayer], shape: ModelShape) -> PassWidths:
+def pass_widths(model: Any, layers: list[ExpertLayer], shape: ModelShape) -> WorkingTensors:
+    """What a model's passes make, whether it has weights or not: by passes over shapes, else by its config."""
+    kept = kept_bytes(model, layers).per_sequence
+    widths = _widths(model, layers, shape, kept)
+    dry = dry_model(model, layers)
+    return widths if dry is None else PassPeaks(dry, kept, widths)
+
+
+def _widths(
+    model: Any, layers: list[ExpertLayer], shape: ModelShape, kept_per_sequence: int
+) -> PassWidths:
     config = model.config.get_text_config(decoder=True)
     return PassWidths(
         hidden=shape.hidden_size,
@@ -153,6 +170,7 @@ def _widths(model: Any, layers: list[ExpertLayer], shape: ModelShape) -> PassWid
         keeps_logits="logits_to_keep" not in inspect.signature(model.forward).parameters,
         item_bytes=model.dtype.itemsize,
         is_upper=_is_plain(config),
+        kept_per_sequence=kept_per_sequence,
     )
 
 

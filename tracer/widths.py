@@ -1,14 +1,53 @@
-"""How wide a model's forward pass is: enough for an upper estimate of its working tensors, before anything runs."""
+"""How wide a model's forward pass is: enough for an upper estimate of its working tensors, before anything runs.
+
+It is what is left for a model that cannot be run over shapes (pass_peaks.py).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 _FLOAT_BYTES = 4
 _STREAMS = 4
 """Copies of the hidden state that are alive at once: the residual, its norm, and both in float32."""
 _USES = 2
 """An expert's rows are alive beside what is computed from them."""
+
+
+class WorkingTensors(Protocol):
+    """What tells a model's working tensors by the size of its passes.
+
+    `kept_per_sequence` are bytes of states that every sequence has whatever its length. `is_by_pass`: found by running
+    the model over shapes; else from its config, and `is_upper` says whether that is known to be enough.
+    """
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of one element of a pass's results."""
+        ...
+
+    @property
+    def kept_per_sequence(self) -> int:
+        """See the class."""
+        ...
+
+    @property
+    def is_by_pass(self) -> bool:
+        """See the class."""
+        ...
+
+    @property
+    def is_upper(self) -> bool:
+        """See the class."""
+        ...
+
+    def activation_bytes(
+        self, *, batch: int, tokens: int, context: int, in_parts: bool = False
+    ) -> int:
+        """Bytes at the peak of a run whose largest pass feeds `tokens` of `batch` sequences: `in_parts` of prompts, or
+        whole ones."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +72,21 @@ class PassWidths:
     keeps_logits: bool
     item_bytes: int
     is_upper: bool = True
+    kept_per_sequence: int = 0
 
-    def activation_bytes(self, *, batch: int, tokens: int, context: int) -> int:
+    @property
+    def is_by_pass(self) -> bool:
+        """Never: it is read from modules and config."""
+        return False
+
+    def activation_bytes(
+        self, *, batch: int, tokens: int, context: int, in_parts: bool = False
+    ) -> int:
         """An estimate from above of working tensors at their peak: bytes of a pass over `tokens` of `batch` sequences.
 
         `context` are the positions each sequence then has. Everything that one layer makes is counted as alive at
         once, twice: its experts' rows, and the rest in the model's format and in float32. Libraries free much of it
-        sooner.
+        sooner. Prompts `in_parts` are not told from whole ones: all is counted with a mask.
         """
         both = self.item_bytes + _FLOAT_BYTES
         queries = -(-tokens // max(1, batch))

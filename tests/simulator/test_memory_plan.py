@@ -114,6 +114,34 @@ def test_working_tensors_are_measured_ones_where_a_machine_has_them():
     assert set(estimated.basis) >= set(estimated.plan(1).classes)
 
 
+def test_states_of_each_sequence_are_counted_once_whatever_its_length():
+    with_states = replace(WIDTHS, kept_per_sequence=7)
+
+    plain, more = (estimated_needs(SHAPE, SIZE, one).plan(1) for one in (WIDTHS, with_states))
+
+    assert more.kv_cache == plain.kv_cache + 2 * 7
+    # Where working tensors were measured, states are among them.
+    point = MemoryPoint(phase="prefill", batch=2, tokens=12, context=6, activation_bytes=1234)
+    machine = replace(free_machine(SHAPE), memory=(point,))
+    measured = estimated_needs(SHAPE, SIZE, with_states, measured=machine).plan(1)
+    assert measured.kv_cache == plain.kv_cache
+
+
+def test_how_working_tensors_are_known_is_told():
+    class ByPass:
+        item_bytes, kept_per_sequence, is_by_pass, is_upper = 2, 0, True, False
+
+        def activation_bytes(self, *, batch, tokens, context, in_parts=False) -> int:
+            return 1000 if in_parts else 100
+
+    at_once = estimated_needs(SHAPE, SIZE, ByPass())
+    parts = estimated_needs(SHAPE, replace(SIZE, in_parts=True), ByPass())
+
+    assert (at_once.activations, parts.activations) == (100, 1000)
+    assert at_once.basis["activations"] == "worked out by passes over shapes"
+    assert at_once.basis["staging"] == "upper estimate from the config"
+
+
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 512))
 def test_the_estimate_grows_with_every_size(batch, prompt, context):
     def at(batch: int, prompt: int, context: int) -> int:
