@@ -86,7 +86,7 @@ def accelerated_runs(
             runs.warm_up()
             yield runs
         finally:
-            _drop(loaded.model)
+            drop_weights(loaded.model)
 
 
 _ALL = 2**62
@@ -129,8 +129,8 @@ def _words(prepared: Prepared, trace_id: str) -> Words:
     )
 
 
-def _drop(model: Any) -> None:
-    """Let go of the weights, so that the next copy of the model is not held beside them."""
+def drop_weights(model: Any) -> None:
+    """Let go of a model's weights, so that the next copy of it is not held beside them."""
     for module in model.modules():
         module._parameters.clear()
         module.__dict__.pop("_hf_hook", None)

@@ -15,12 +15,14 @@ from ..simulator.policy.spec import PolicyFile, PolicySpec, check_shape, make_sp
 from ..simulator.result import Result
 from ..tracer.errors import ResourceError, UsageError, unknown_name
 from ..tracer.generate import Generated
-from ..tracer.load import load_model
+from ..tracer.load import choose_device, load_model
 from ..tracer.placement import choose_residency, choose_tier
 from ..tracer.types import ModelShape
-from .accelerated import accelerated_runs
-from .deploy import Prepared, RunRequest, load, path_predictor, require_room, same_text
+from .accelerated import accelerated_runs, drop_weights
+from .deploy import Prepared, RunRequest, load, path_predictor, same_text
 from .machine import Machine
+from .room import Room, room_of, unloaded
+from .run_size import largest, policy_size, prompts_to_run
 from .stock import PlainRuns, stock_runs
 
 BASELINES_FORMAT = "expertflow.baselines/1"
@@ -85,6 +87,7 @@ BASELINES: tuple[Baseline, ...] = (
     ),
 )  # fmt: skip
 NAMES = tuple(baseline.name for baseline in BASELINES)
+_WHOLE = ("stock", "resident")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,18 +136,9 @@ def run_baselines(
         raise UsageError(f"--repeats must be at least 1, got {request.repeats}.")
     run, policy = request.run, request.policy
     model = run.model or (policy.shape.model_id if policy else "embedded")
-    # Models that run as they stand are all in memory, whatever the policies' tier is.
-    prepared = load(replace(run, tier="ram"), model, held_out_from=policy)
-    shape = prepared.loaded.shape
-    if policy is not None:
-        check_shape(policy.shape, shape)
+    room = _room(model, run, policy)
+    shape = room.needs.shape
     slots = policy.behaviour.slots if policy else parse_budget(request.budget, shape)
-    say(f"{model} on {prepared.device}: {slots} slots for those that offload")
-    rounds = _Rounds(request, prepared, slots, advance)
-    if "stock" in wanted or run.check_text:
-        rounds.stock(is_wanted="stock" in wanted)
-    if "accelerate" in wanted:
-        rounds.accelerate()
     specs = {
         name: baseline.spec(shape, slots)
         for name, baseline in wanted.items()
@@ -152,12 +146,27 @@ def run_baselines(
     }
     if policy is not None:
         specs[POLICY] = policy.behaviour
-    if specs:
-        if "accelerate" in wanted or run.tier != "ram":
+    plain = [name for name, baseline in wanted.items() if baseline.spec is None]
+    skipped = _refused(room, plain, specs, slots)
+    if len(skipped) == len(plain) + len(specs):
+        raise ResourceError(" ".join(dict.fromkeys(skipped.values())))
+    # Models that run as they stand are all in memory, whatever the policies' tier is.
+    rounds = _Rounds(
+        request, load(replace(run, tier="ram"), model, held_out_from=policy), slots, advance
+    )
+    rounds.skipped |= skipped
+    say(f"{model} on {room.device}: {slots} slots for those that offload")
+    runs_stock = "stock" in plain and "stock" not in skipped
+    if runs_stock or run.check_text:
+        rounds.stock(is_wanted=runs_stock)
+    if runs_accelerate := "accelerate" in plain and "accelerate" not in skipped:
+        rounds.accelerate()
+    if specs := {name: spec for name, spec in specs.items() if name not in skipped}:
+        if runs_accelerate or run.tier != "ram":
             rounds.load_again(model)  # Accelerate has taken the model to pieces
         rounds.policies(specs)
     if not rounds.results:
-        raise ResourceError(" ".join(rounds.skipped.values()))
+        raise ResourceError(" ".join(dict.fromkeys(rounds.skipped.values())))
     order = [*(name for name in NAMES if name in rounds.results), POLICY]
     return BaselineReport(
         model_id=shape.model_id,
@@ -165,6 +174,52 @@ def run_baselines(
         results={name: rounds.results[name] for name in order if name in rounds.results},
         skipped=rounds.skipped,
     )
+
+
+def _room(model: str, run: RunRequest, policy: PolicyFile | None) -> Room:
+    """What runs of a model need beside their slots. Whatever the tier, it is loaded into memory first."""
+    found = unloaded(model, run)
+    if policy is not None:
+        check_shape(policy.shape, found.shape)
+        size = policy_size(policy, run, model)
+    else:
+        prompts = prompts_to_run(run, model, held_out_from=None)
+        size = largest(prompts, run.batch_size, run.max_new_tokens)
+    room = room_of(found, size, run)
+    return replace(room, needs=replace(room.needs, streams=False))
+
+
+def _refused(
+    room: Room, plain: Sequence[str], specs: Mapping[str, PolicySpec], slots: int
+) -> dict[str, str]:
+    """Those that have no room, each with the reason. `plain` ones pack no experts beside the model."""
+    total = room.needs.shape.total_experts
+    as_it_is = replace(room, needs=replace(room.needs, on_disk=True))
+    skipped: dict[str, str] = {}
+    for name in (*plain, *specs):
+        try:
+            if name == "accelerate":
+                as_it_is.require(slots)
+            elif name in _WHOLE:
+                (as_it_is if name in plain else room).require_all(
+                    total,
+                    f"Baseline {name!r} keeps every expert on the device.",
+                    "Use a device with more memory for it.",
+                )
+            else:
+                room.require(specs[name].slots)
+        except ResourceError as cause:
+            skipped[name] = str(cause)
+    if "stock" in plain and "stock" not in skipped:
+        skipped |= _without_stock(room)
+    return skipped
+
+
+def _without_stock(room: Room) -> dict[str, str]:
+    if choose_residency("auto", room.needs.shape, choose_device(room.device)) == "resident":
+        return {}
+    why = f"The resident model does not fit {room.device}, so no text is compared."
+    return {"stock": why}
 
 
 class _Rounds:
@@ -185,9 +240,6 @@ class _Rounds:
         """The resident model, whose text the others must give."""
         shape, device = self.prepared.loaded.shape, self.prepared.device
         if choose_residency("auto", shape, device) == "stream":
-            if is_wanted:
-                why = f"The resident model does not fit {device}, so no text is compared."
-                self.skipped["stock"] = why
             return
         runs = stock_runs(self.prepared, **self._sizes(), trace_id=self._trace_id)
         if not is_wanted:
@@ -206,7 +258,8 @@ class _Rounds:
             self.skipped["accelerate"] = str(cause)
 
     def load_again(self, model: str) -> None:
-        """Load the model for the policies."""
+        """Load the model for the policies, in place of the one that is there."""
+        drop_weights(self.prepared.loaded.model)
         tier = choose_tier(self._run.tier)
         device = self.prepared.device
         loaded = load_model(model, device=device, dtype=self._run.dtype, tier=tier)
@@ -215,15 +268,6 @@ class _Rounds:
     def policies(self, specs: Mapping[str, PolicySpec]) -> None:
         """Those that are policies, in turns, so that a machine that drifts is the same to all."""
         run, prepared = self._run, self.prepared
-        ready: dict[str, PolicySpec] = {}
-        for name, spec in specs.items():
-            try:
-                require_room(spec, prepared)
-                ready[name] = spec
-            except ResourceError as cause:
-                self.skipped[name] = str(cause)
-        if not ready:
-            return
         machine = Machine(
             prepared.loaded,
             prepared.device,
@@ -234,7 +278,7 @@ class _Rounds:
             paths=path_predictor(run.paths, prepared.device, prepared.loaded.shape),
         )
         try:
-            self._in_turns(machine, ready)
+            self._in_turns(machine, specs)
         finally:
             machine.close()
 

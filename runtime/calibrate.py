@@ -39,13 +39,13 @@ from .paths.latency import measure_latency
 
 _MEMORY_SIZES = 3
 _ODD_SHARE = 0.44
-"""Of all experts, in runs that compare a policy with plain LRU. Nobody asks for it."""
 
 
 class Calibration:
     """Short runs of a machine on some prompts, and the cost model they give.
 
-    Peaks of working tensors do not drift, so they are measured once; times are measured by each `measure`.
+    Peaks of working tensors do not drift, so they are measured once; times are measured by each `measure`. `slots` are
+    the most that its runs may take; None: one for every expert.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Calibration:
         *,
         batch_size: int,
         max_new_tokens: int,
+        slots: int | None = None,
     ) -> None:
         self._machine = machine
         # By length, so that batches differ in size and the fit can tell a token from a pass.
@@ -62,11 +63,12 @@ class Calibration:
         self._batch_size = batch_size
         self._max_new_tokens = max_new_tokens
         shape = machine.loaded.shape
-        demand = calibration_specs(shape)
+        total = shape.total_experts
+        self._most = total if slots is None else min(slots, total)
+        demand = calibration_specs(shape, self._most)
         has_gates = all(layer.gate is not None for layer in machine.loaded.layers)
-        self.specs = [*demand, *(prefetch_specs(shape) if has_gates else ())]
-        sizes = spread_by_size(list(batches(self._prompts, batch_size)), _MEMORY_SIZES)
-        self._memory = memory_points(machine, demand, sizes)
+        self.specs = [*demand, *(prefetch_specs(self._most) if has_gates else ())]
+        self._memory = self._memory_points(demand)
 
     def measure(self, advance: Callable[[int], None]) -> CostModel:
         """Run every calibration policy once and fit."""
@@ -98,7 +100,7 @@ class Calibration:
         if self._machine.paths is None:
             return None
         model, shape = self._machine.paths, self._machine.loaded.shape
-        slots = max(1, round(_ODD_SHARE * shape.total_experts))
+        slots = self._some
         without, asking = (
             self._run(make_spec(slots=slots, predictor=name)) for name in ("none", "path")
         )
@@ -116,7 +118,7 @@ class Calibration:
 
         With the model, the copies and the hand-over beside it, as in a run that is judged.
         """
-        spec = cpu_spec(self._machine.loaded.shape, _ODD_SHARE)
+        spec = cpu_spec(self._machine.loaded.shape, self._some)
         with self._machine.session(spec) as session:
             generate_all(
                 self._machine.loaded,
@@ -133,7 +135,7 @@ class Calibration:
     ) -> dict[tuple[str, ...], OwnCosts]:
         """What the policies' own code takes, where `costs` cannot know it, by `PolicySpec.code`."""
         asked = {spec.code: spec for spec in specs if has_own_costs(spec)}
-        slots = max(1, round(_ODD_SHARE * self._machine.loaded.shape.total_experts))
+        slots = self._some
         found: dict[tuple[str, ...], OwnCosts] = {}
         for code, spec in asked.items():
             runs_beside = bool(spec.needs() & {"paths", "cpu_times"})
@@ -141,6 +143,16 @@ class Calibration:
             found[code] = own_costs(self._walked(spec.with_slots(slots), costs), costs, plain)
             advance(1)
         return found
+
+    def _memory_points(self, specs: Sequence[PolicySpec]) -> tuple[MemoryPoint, ...]:
+        """Peaks of working tensors under these policies."""
+        sizes = list(batches(self._prompts, self._batch_size))
+        return memory_points(self._machine, specs, spread_by_size(sizes, _MEMORY_SIZES))
+
+    @property
+    def _some(self) -> int:
+        """Slots of runs that compare a policy with plain LRU: an odd share, which nobody asks for."""
+        return max(1, round(_ODD_SHARE * self._most))
 
     def _runs(self, spec: PolicySpec) -> list[RunRecord]:
         """Runs that show what one policy costs."""
@@ -218,28 +230,28 @@ def _median(seconds: Mapping[int, float]) -> float:
     return float(np.median(list(seconds.values()))) if seconds else 0.0
 
 
-def calibration_specs(shape: ModelShape) -> list[PolicySpec]:
+def calibration_specs(shape: ModelShape, most: int) -> list[PolicySpec]:
     """Runs that between them show every cost of demand loading: all hits, all misses, waves in both phases.
 
-    Their sizes are odd shares on purpose: nobody asks for them, so no judged run repeats one.
+    They take `most` slots and odd shares of them on purpose: nobody asks for those, so no judged run repeats one. With
+    fewer slots than experts no run has hits alone, and what such events take is extrapolated.
     """
-    total = shape.total_experts
     # With a slot for every expert, popularity decides nothing; static only loads all of them first.
     even = [[1] * shape.num_experts] * shape.num_moe_layers
     return [
-        make_spec(slots=total, cache="static", popularity=even),
-        make_spec(slots=max(1, round(0.94 * total)), cache="none"),
-        make_spec(slots=max(1, round(0.31 * total)), cache="lru"),
+        make_spec(slots=most, cache="static", popularity=even),
+        make_spec(slots=max(1, round(0.94 * most)), cache="none"),
+        make_spec(slots=max(1, round(0.31 * most)), cache="lru"),
         # The events of a decode pass fit their slots, so without this nobody would know what a second wave costs there.
-        make_spec(slots=max(1, round(0.44 * total)), cache="lru", misses="resident_first"),
+        make_spec(slots=max(1, round(0.44 * most)), cache="lru", misses="resident_first"),
     ]
 
 
-def prefetch_specs(shape: ModelShape) -> list[PolicySpec]:
+def prefetch_specs(most: int) -> list[PolicySpec]:
     """Calibration runs that show the cost of predicting, and of copies beside compute."""
     return [
         make_spec(
-            slots=max(1, round(share * shape.total_experts)),
+            slots=max(1, round(share * most)),
             cache="lru",
             predictor="gate_lookahead",
         )
@@ -261,13 +273,14 @@ def memory_points(
                 )
                 rows = wave_rows(session.log, machine.loaded.shape.num_moe_layers)
             points += [
-                replace(point, waves=_divided(rows.get(step, ())))
+                replace(point, waves=divided(rows.get(step, ())))
                 for step, point in enumerate(found, start=first)
             ]
     return tuple(points)
 
 
-def _divided(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+def divided(rows: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The waves of a pass as its MemoryPoint has them: none if no event was divided."""
     return rows if any(later != ONE_CALL for _, later in rows) else ()
 
 
@@ -341,19 +354,21 @@ def _joined(records: Sequence[RunRecord]) -> tuple[dict[str, list[Any]], Places,
 def _link_seconds(
     steps: dict[str, list[Any]], demand: Places, prefetch: Places
 ) -> tuple[float, float]:
-    """Seconds per copy and per wait, from the stalls of events that had the link to themselves."""
-    loads: list[int] = []
-    stalls: list[float] = []
+    """Seconds per copy and per wait, from the stalls of events that had the link to themselves.
+
+    Of events in one wave, or, where no event fits its slots, of each wave of those in several.
+    """
+    found: list[tuple[int, float, float]] = []
     rows = zip(steps["step"], steps["layer"], steps["waves"], steps["stall_s"], strict=True)
     for step, layer, waves, stall in rows:
         place = (step, layer)
         is_alone = not prefetch[place] and not prefetch[(step, layer - 1)]
-        if layer != WHOLE_STEP and waves == 1 and demand[place] and is_alone:
-            loads.append(demand[place])
-            stalls.append(stall)
-    if not loads:
+        if layer != WHOLE_STEP and demand[place] and is_alone:
+            found.append((waves, demand[place] / waves, stall / waves))
+    found = [row for row in found if row[0] == 1] or found
+    if not found:
         return 0.0, 0.0
-    x, y = np.asarray(loads, dtype=np.float64), np.asarray(stalls)
+    _, x, y = np.asarray(found, dtype=np.float64).T
     y = np.minimum(y, 5 * np.median(y / x) * x)
     if np.ptp(x) == 0:
         return float(y.mean() / x[0]), 0.0

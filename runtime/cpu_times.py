@@ -15,10 +15,9 @@ _FREE = {"copy_s": 0.0, "expert_s": 0.0, "token_s": 0.0}
 """`cpu` sends every miss to the CPU, whatever it costs."""
 
 
-def cpu_spec(shape: ModelShape, share: float) -> PolicySpec:
-    """A run in which all but a fixed share of the experts are computed on the CPU."""
+def cpu_spec(shape: ModelShape, slots: int) -> PolicySpec:
+    """A run in which all but the same few experts are computed on the CPU."""
     even = [[1] * shape.num_experts] * shape.num_moe_layers
-    slots = max(1, round(share * shape.total_experts))
     return make_spec(slots=slots, cache="static", misses="cpu", popularity=even, cpu_times=_FREE)
 
 

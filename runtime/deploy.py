@@ -9,31 +9,26 @@ from pathlib import Path
 
 import torch
 
-from ..simulator.policy.spec import PolicyFile, PolicySpec, check_shape
+from ..simulator.policy.spec import PolicyFile, check_shape
 from ..simulator.result import MemoryResult, Result, TextChange
 from ..tracer.blocks import Tier
-from ..tracer.errors import ResourceError, UsageError
+from ..tracer.errors import UsageError
 from ..tracer.generate import Generated, Prompt, StepObserver
 from ..tracer.images import image_reader
 from ..tracer.live import LiveFile, WatchedPasses
 from ..tracer.load import LoadedModel, choose_device, load_model
 from ..tracer.memory import SilentObserver
-from ..tracer.placement import choose_residency, choose_tier, free_bytes, use_threads
+from ..tracer.placement import choose_residency, choose_tier, use_threads
 from ..tracer.probe import command_line
-from ..tracer.prompts import (
-    MAX_PROMPT_TOKENS,
-    PromptText,
-    choose_prompts,
-    read_prompts,
-    tokenize,
-)
-from ..tracer.quantities import LinkSpec, format_bytes
+from ..tracer.prompts import MAX_PROMPT_TOKENS, choose_prompts, read_prompts, tokenize
+from ..tracer.quantities import LinkSpec
 from ..tracer.records import to_json
 from ..tracer.types import ModelShape
 from .machine import Machine, Watch, device_name, generate_all
 from .paths.files import load_predictor
 from .paths.model import PathModel
-from .run_plan import plan_run, require_run
+from .room import check_room
+from .run_size import held_out
 from .session import Session
 from .watch import SessionSums
 
@@ -100,31 +95,6 @@ def load(request: RunRequest, model: str, *, held_out_from: PolicyFile | None) -
     if images is not None:
         images.require_batches(prompts, texts, request.batch_size)
     return Prepared(loaded, device, link, tier, prompts)
-
-
-def held_out(texts: Sequence[PromptText], policy: PolicyFile) -> list[PromptText]:
-    """Prompts the policy has not been tuned on; all of them if none is left."""
-    seen = set(policy.evidence.get("prompt_sha256", ()))
-    return [text for text in texts if text.sha256 not in seen] or list(texts)
-
-
-def check_room(policy: PolicyFile, request: RunRequest) -> None:
-    """Refuse before loading what cannot fit. Raises ResourceError with the sums by class."""
-    plan, needs = plan_run(policy, request, free_bytes)
-    free = free_bytes(choose_device(request.device))  # a larger --memory does not make it more
-    require_run(replace(plan, device_bytes=min(plan.device_bytes, free)), needs)
-
-
-def require_room(spec: PolicySpec, prepared: Prepared) -> None:
-    """Refuse before packing what cannot fit. Raises ResourceError with the numbers."""
-    shape = prepared.loaded.shape
-    needed = shape.non_expert_bytes + spec.slots * shape.expert_bytes
-    free = free_bytes(prepared.device)
-    if needed > free:
-        raise ResourceError(
-            f"{spec.slots} slots and the other weights take {format_bytes(needed)}, "
-            f"{prepared.device} has {format_bytes(free)} free. Tune for a smaller --budget."
-        )
 
 
 def path_predictor(

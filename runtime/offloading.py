@@ -21,8 +21,10 @@ from ..tracer.placement import choose_tier, use_threads
 from ..tracer.quantities import LinkSpec
 from ..tracer.timing import StepInfo
 from .counters import LiveCounters
-from .deploy import path_predictor
+from .deploy import RunRequest, path_predictor
 from .machine import Machine, parameter_bytes, predictor_bytes
+from .room import check_room
+from .run_size import ONE_TOKEN
 from .session import Session
 
 
@@ -109,16 +111,31 @@ def offload(
     link: str | None = None,
     tier: str = "ram",
     paths: str | Path | None = None,
+    memory: str | None = None,
 ) -> Any:
     """Load a model with its experts in host memory, or on disk (`tier`), under a policy, ready for `generate`.
 
-    `paths` is the folder of a trained path predictor, for policies that ask one.
+    `paths` is the folder of a trained path predictor, for policies that ask one. `memory` is the device memory to use,
+    as 24GiB; by default what is free.
 
-    Raises PolicyError if the policy was made for another shape, ResourceError if it does not fit.
+    Raises PolicyError if the policy was made for another shape, ResourceError before the model is loaded if it does not
+    fit: weights, slots and a pass over one token, as nobody knows yet what will be fed.
     """
     chosen = read_policy(Path(policy))
     target = choose_device(device)
     place = choose_tier(tier)
+    check_room(
+        chosen,
+        RunRequest(
+            model=model_id,
+            device=str(target),
+            dtype=dtype,
+            tier=place,
+            paths=Path(paths) if paths else None,
+            memory=memory,
+        ),
+        ONE_TOKEN,
+    )
     use_threads(None, target)
     loaded = load_model(model_id, device=target, dtype=dtype, tier=place)
     check_shape(chosen.shape, loaded.shape)

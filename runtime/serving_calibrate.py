@@ -11,19 +11,20 @@ import itertools
 from collections.abc import Sequence
 
 from ..simulator.account import RunRecord
+from ..simulator.activations import wave_rows
 from ..simulator.arrivals import Arrival, Arrivals
 from ..simulator.policy.spec import PolicySpec
-from ..simulator.result import MemoryResult
 from ..simulator.serving import MAX_STEP_TOKENS, ServingSettings
-from ..tracer.generate import Prompt
-from .calibrate import Calibration
+from ..tracer.generate import Prompt, StepObserver
+from ..tracer.memory import METERED_PASSES, peaks_of
+from ..tracer.types import MemoryPoint
+from .calibrate import Calibration, divided
 from .deploy import RunRequest
 from .machine import Machine
-from .serving import Load, serve
+from .serving import NO_MEMORY, Load, ServingLoop, serve
 
 _ALONE = 2
 _ROUNDS = 2
-_NO_MEMORY = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
 
 
 class ServingCalibration(Calibration):
@@ -36,11 +37,32 @@ class ServingCalibration(Calibration):
         *,
         settings: ServingSettings,
         max_new_tokens: int,
+        slots: int | None = None,
     ) -> None:
-        super().__init__(
-            machine, prompts, batch_size=settings.max_batch, max_new_tokens=max_new_tokens
-        )
         self._settings = settings
+        super().__init__(
+            machine,
+            prompts,
+            batch_size=settings.max_batch,
+            max_new_tokens=max_new_tokens,
+            slots=slots,
+        )
+
+    def _memory_points(self, specs: Sequence[PolicySpec]) -> tuple[MemoryPoint, ...]:
+        users = self._settings.max_batch
+        loads = [
+            closed_loop(prompts, count, count + 1, 2 * METERED_PASSES, self._settings)
+            for prompts, count in (
+                ([self._prompts[0], self._prompts[-1]], 1),
+                (self._prompts[-users:], users),
+            )
+        ]
+        return tuple(
+            point
+            for spec in specs
+            for load in loads
+            for point in _points(self._machine, spec, load)
+        )
 
     def _runs(self, spec: PolicySpec) -> list[RunRecord]:
         return [self._served(spec, 1, _ALONE), self._run(spec)]
@@ -51,22 +73,60 @@ class ServingCalibration(Calibration):
 
     def _served(self, spec: PolicySpec, users: int, count: int) -> RunRecord:
         load = closed_loop(self._prompts, users, count, self._max_new_tokens, self._settings)
-        return serve(self._machine, spec, load, memory=_NO_MEMORY).record
+        return serve(self._machine, spec, load, memory=NO_MEMORY).record
+
+
+def _points(machine: Machine, spec: PolicySpec, load: Load) -> list[MemoryPoint]:
+    """Peaks of working tensors in all passes of a load, KV cache taken out."""
+    shape = machine.loaded.shape
+    loops: list[ServingLoop] = []
+    with machine.session(spec) as session:
+
+        def run(watch: StepObserver) -> None:
+            loop = ServingLoop(machine.loaded, session, load.serving(spec), load, observer=watch)
+            loops.append(loop)
+            loop.run()
+
+        found = peaks_of(run, machine.device, session)
+        rows = wave_rows(session.log, shape.num_moe_layers)
+    positions = loops[0].kv_positions
+    return [
+        MemoryPoint(
+            phase=info.phase,
+            batch=info.batch,
+            tokens=info.tokens,
+            context=info.context,
+            activation_bytes=max(0, peak - positions[info.step] * shape.kv_bytes_per_token),
+            waves=divided(rows.get(info.step, ())),
+        )
+        for info, peak in found
+    ]
 
 
 def calibration_of(
-    machine: Machine, prompts: Sequence[Prompt], request: RunRequest, *, serves: int | None
+    machine: Machine,
+    prompts: Sequence[Prompt],
+    request: RunRequest,
+    *,
+    serves: int | None,
+    slots: int | None = None,
 ) -> Calibration:
     """What measures a machine: in batches as given, or serving at most so many requests. Raises UsageError below 1."""
+    new_tokens = request.max_new_tokens
     if serves is None:
+        size = request.batch_size
         return Calibration(
-            machine, prompts, batch_size=request.batch_size, max_new_tokens=request.max_new_tokens
+            machine, prompts, batch_size=size, max_new_tokens=new_tokens, slots=slots
         )
-    most = max(MAX_STEP_TOKENS, serves)
-    settings = ServingSettings(max_batch=serves, max_step_tokens=most)
+    settings = settings_for(serves)
     return ServingCalibration(
-        machine, prompts, settings=settings, max_new_tokens=request.max_new_tokens
+        machine, prompts, settings=settings, max_new_tokens=new_tokens, slots=slots
     )
+
+
+def settings_for(serves: int) -> ServingSettings:
+    """How a calibration serves at most so many requests. Raises UsageError below 1."""
+    return ServingSettings(max_batch=serves, max_step_tokens=max(MAX_STEP_TOKENS, serves))
 
 
 def closed_loop(

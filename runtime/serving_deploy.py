@@ -21,18 +21,19 @@ from ..simulator.serving import ServingSettings
 from ..tracer.console import Reporter
 from ..tracer.errors import UsageError
 from ..tracer.generate import Generated, Prompt
-from ..tracer.load import load_model
+from ..tracer.load import LoadedModel, load_model
 from .deploy import (
     Prepared,
     RunRequest,
     load,
     prepare,
     reference_text,
-    require_room,
     same_text,
     text_change,
 )
 from .machine import Machine
+from .room import check_room
+from .run_size import prompts_to_run, served_size
 from .serving import Load, Served, result_of, serve
 from .serving_pack import attention_windows
 from .serving_passes import text_in_passes
@@ -62,15 +63,16 @@ def deploy_arrivals(
     """Serve requests under a policy for real and measure it.
 
     They run to their given lengths, so that passes are those of the forecast; with `stop_at_eos` a request ends at an
-    end mark. Raises UsageError, InputError for arrivals, policies and models that cannot be served.
+    end mark. Raises UsageError, InputError for arrivals, policies and models that cannot be served; ResourceError
+    before the model is loaded if it does not fit.
     """
     spec = policy.behaviour
     require_arrivals(spec)
     # What is wrong there is said before a model is loaded.
     asked.settings(asked.read(1), request.batch_size)
+    check_room(policy, request, served_size(load_to_come(policy, request, asked)))
     prepared, requested = _prepare(policy, request, asked)
     attention_windows(prepared.loaded.model)
-    require_room(spec, prepared)
     say(f"{prepared.loaded.shape.model_id} on {prepared.device}: {spec.label}")
     ending = prepared.loaded.eos_ids if stop_at_eos else frozenset[int]()
     wanted = replace(requested, eos_ids=ending)
@@ -89,7 +91,7 @@ def deploy_arrivals(
         result = result_of(machine, spec, served)
     finally:
         machine.close()
-    notes = _made_up(asked, prepared, wanted)
+    notes = made_up(asked, prepared, wanted)
     if reference is not None:
         is_same = same_text(served.outputs, reference)
         if not is_same and spec.is_lossless:
@@ -97,7 +99,8 @@ def deploy_arrivals(
                 "Text differs from that of prompts run alone: the resident model runs the same passes"
             )
             is_same = same_text(served.outputs, _resident_text(machine, request, wanted, served))
-            notes = (*notes, _rounding(served.outputs, reference)) if is_same else notes
+            changed = text_change(served.outputs, reference).sequences_changed
+            notes = (*notes, rounding(changed, len(reference))) if is_same else notes
         result = replace(result, same_tokens=is_same)
         if not spec.is_lossless:
             result = replace(result, text=text_change(served.outputs, reference))
@@ -157,23 +160,46 @@ def _prepare(
     policy: PolicyFile, request: RunRequest, asked: ArrivalOptions
 ) -> tuple[Prepared, Load]:
     """The model, and the requests that are to come."""
-    queue = _queue(request, asked)
-    if queue is None:
-        prepared = prepare(request, policy)
-        arrivals, prompts = asked.read(len(prepared.prompts)), prepared.prompts
-    else:
-        # Every line is somebody's request, so none is left out.
-        name = request.model or policy.shape.model_id
-        prepared = load(replace(request, limit=None), name, held_out_from=None)
-        check_shape(policy.shape, prepared.loaded.shape)
-        arrivals = asked.read(len(prepared.prompts))
-        order = np.argsort(queue_times(queue), kind="stable").tolist()
-        prompts = [prepared.prompts[place] for place in order]
+    prepared = prepare_queue(policy, request, asked)
+    arrivals = asked.read(len(prepared.prompts))
     settings = asked.settings(arrivals, request.batch_size)
-    return prepared, requests_of(prompts, arrivals, settings, request.max_new_tokens)
+    return prepared, requests_of(prepared.prompts, arrivals, settings, request.max_new_tokens)
 
 
-def _queue(request: RunRequest, asked: ArrivalOptions) -> Path | None:
+def prepare_queue(policy: PolicyFile, request: RunRequest, asked: ArrivalOptions) -> Prepared:
+    """The model and its prompts; those of a queue in order of arrival. Raises ResourceError, PolicyError."""
+    queue = queue_of(request, asked)
+    if queue is None:
+        return prepare(request, policy)
+    # Every line is somebody's request, so none is left out.
+    name = request.model or policy.shape.model_id
+    prepared = load(replace(request, limit=None), name, held_out_from=None)
+    check_shape(policy.shape, prepared.loaded.shape)
+    return replace(prepared, prompts=_in_order(prepared.prompts, queue))
+
+
+def load_to_come(policy: PolicyFile, request: RunRequest, asked: ArrivalOptions) -> Load:
+    """The requests of a run before its model is loaded: as long as they will be.
+
+    Raises UsageError and InputError for arrivals and prompts, ResourceError without a tokenizer.
+    """
+    queue, name = queue_of(request, asked), request.model or policy.shape.model_id
+    if queue is None:
+        prompts = prompts_to_run(request, name, held_out_from=policy)
+    else:
+        found = prompts_to_run(replace(request, limit=None), name, held_out_from=None)
+        prompts = _in_order(found, queue)
+    arrivals = asked.read(len(prompts))
+    settings = asked.settings(arrivals, request.batch_size)
+    return requests_of(prompts, arrivals, settings, request.max_new_tokens)
+
+
+def _in_order(prompts: Sequence[Prompt], queue: Path) -> list[Prompt]:
+    """Prompts of a queue in order of arrival."""
+    return [prompts[place] for place in np.argsort(queue_times(queue), kind="stable").tolist()]
+
+
+def queue_of(request: RunRequest, asked: ArrivalOptions) -> Path | None:
     """The file that holds prompts and their times; None if they come from two places."""
     if request.prompts is None or asked.arrivals is None:
         return None
@@ -186,7 +212,8 @@ def _fitted(prompt: Prompt, arrival: Arrival) -> Prompt:
     return Prompt(prompt.sequence, tuple(found))
 
 
-def _made_up(asked: ArrivalOptions, prepared: Prepared, wanted: Load) -> tuple[str, ...]:
+def made_up(asked: ArrivalOptions, prepared: Prepared, wanted: Load) -> tuple[str, ...]:
+    """What to say of a load whose lengths are not those of its prompts."""
     if asked.lengths != "arrivals":
         return ()
     longest = max((len(prompt.token_ids) for prompt in prepared.prompts), default=0)
@@ -200,17 +227,21 @@ def _made_up(asked: ArrivalOptions, prepared: Prepared, wanted: Load) -> tuple[s
 def _resident_text(
     machine: Machine, request: RunRequest, wanted: Load, served: Served
 ) -> list[Generated]:
-    """The resident model's text in the very passes of a run. The machine, which emptied the model, is used up."""
-    name = machine.loaded.shape.model_id
-    loaded = load_model(name, device=machine.device, dtype=request.dtype)
+    """The resident model's text in the very passes of a run."""
+    return text_in_passes(resident_again(machine, request.dtype), wanted.requests, served.passes)
+
+
+def resident_again(machine: Machine, dtype: str) -> LoadedModel:
+    """The model with all its weights on the device. The machine, which emptied its own, is used up."""
+    loaded = load_model(machine.loaded.shape.model_id, device=machine.device, dtype=dtype)
     loaded.model.to(machine.device)
-    return text_in_passes(loaded, wanted.requests, served.passes)
+    return loaded
 
 
-def _rounding(outputs: Sequence[Generated], reference: Sequence[Generated]) -> str:
-    changed = text_change(outputs, reference).sequences_changed
+def rounding(changed: int, requests: int) -> str:
+    """What to say of requests whose text is the resident model's in the same passes, but not that of prompts alone."""
     return (
-        f"{changed} of {len(outputs)} requests got another text than their prompts alone: rounding, for the resident "
+        f"{changed} of {requests} requests got another text than their prompts alone: rounding, for the resident "
         "model run in the same passes gives the same. Batches change the last bits, and tokens that are as good as "
         "equal change places."
     )

@@ -46,9 +46,13 @@ def choose_tier(name: str) -> Tier:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that could be taken now: on the host within its container's limit."""
+    """Memory that could be taken now: on the host within its container's limit.
+
+    On CUDA with what torch has taken of the device and holds no tensor: earlier models of this process leave that.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
     return available_host_bytes()
 
 

@@ -11,6 +11,7 @@ from ...tracer.commands.options import (
     BatchSize,
     Budget,
     Device,
+    DeviceMemory,
     Dtype,
     EmulatedLink,
     Json,
@@ -51,9 +52,12 @@ def baselines(
     tier: Tier = "ram",
     threads: Threads = None,
     paths: PathsDir = None,
+    memory: DeviceMemory = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for one result file each: the dashboard compares them."),
+        typer.Option(
+            help="Folder for one result file each: the dashboard compares them.", file_okay=False
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -83,6 +87,7 @@ def baselines(
             tier=tier,
             threads=threads,
             paths=paths,
+            memory=memory,
         ),
         budget=budget,
         names=names,

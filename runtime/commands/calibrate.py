@@ -11,6 +11,7 @@ import typer
 from ...tracer.commands.options import (
     BatchSize,
     Device,
+    DeviceMemory,
     Dtype,
     EmulatedLink,
     Json,
@@ -18,12 +19,16 @@ from ...tracer.commands.options import (
     Prompts,
     Threads,
     Tier,
+    machine_place,
 )
 from ...tracer.console import print_json, print_rows, progress, say
 
 
 def calibrate(
-    out: Annotated[Path, typer.Option(help="Where to write machine.json.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Where to write machine.json.", dir_okay=False, callback=machine_place),
+    ],
     model: Annotated[
         str, typer.Option(help="Hub id, folder, or 'embedded' (shipped with the package).")
     ] = "embedded",
@@ -49,6 +54,7 @@ def calibrate(
             help="Measure in continuous batches of at most so many requests, for `simulate --arrivals`."
         ),
     ] = None,
+    memory: DeviceMemory = None,
     as_json: Json = False,
 ) -> None:
     """Measure the runtime's own costs, so that forecasts from a trace include them.
@@ -59,6 +65,7 @@ def calibrate(
     from ...tracer.probe import provenance
     from ...tracer.quantities import format_seconds
     from ...tracer.records import write_json
+    from ..calibration_room import check_calibrate
     from ..deploy import RunRequest, load
     from ..machine import Machine, device_name
     from ..serving_calibrate import calibration_of
@@ -74,14 +81,20 @@ def calibrate(
         link=link,
         tier=tier,
         threads=threads,
+        memory=memory,
     )
+    slots = check_calibrate(request, model, serves=max_batch)
     prepared = load(request, model, held_out_from=None)
-    say(f"{prepared.loaded.shape.model_id} on {prepared.device}: short runs of the runtime itself")
+    shape = prepared.loaded.shape
+    some = "" if slots == shape.total_experts else f", with up to {slots} slots: no more fit"
+    say(f"{shape.model_id} on {prepared.device}: short runs of the runtime itself{some}")
     machine = Machine(
         prepared.loaded, prepared.device, link=prepared.link, tier=prepared.tier, pin=request.pin
     )
     try:
-        calibration = calibration_of(machine, prepared.prompts, request, serves=max_batch)
+        calibration = calibration_of(
+            machine, prepared.prompts, request, serves=max_batch, slots=slots
+        )
         with progress("calibrating", len(calibration.specs), "runs") as report:
             costs = calibration.measure(report.advance)
         if machine.device.type != "cpu" if cpu_experts is None else cpu_experts:

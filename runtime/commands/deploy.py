@@ -18,10 +18,12 @@ from ...simulator.commands.arrival_options import (
     Prefill,
     Requests,
     Seed,
+    StopAtEos,
 )
 from ...tracer.commands.options import (
     BatchSize,
     Device,
+    DeviceMemory,
     Dtype,
     EmulatedLink,
     Json,
@@ -67,22 +69,11 @@ def deploy(
     lengths: Lengths = None,
     prefill: Prefill = None,
     seed: Seed = None,
-    stop_at_eos: Annotated[
-        bool,
-        typer.Option(
-            "--stop-at-eos",
-            help="With --arrivals: end a request at an end mark, and not only at its length.",
-        ),
-    ] = False,
+    stop_at_eos: StopAtEos = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what the run takes, and whether it fits.")
     ] = False,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory", "--vram", help="Device memory to use, as 24GiB; default: what is free."
-        ),
-    ] = None,
+    memory: DeviceMemory = None,
     machine: MachinePath = None,
     live: Annotated[
         Path | None,
@@ -107,10 +98,11 @@ def deploy(
     from ...tracer.errors import NotValidatedError, UsageError
     from ...tracer.live import live_path
     from ...tracer.records import write_json
-    from ..deploy import RunRequest, check_room
+    from ..deploy import RunRequest
     from ..deploy import deploy as run
-    from ..serving_deploy import deploy_arrivals
-    from .dry_run import say_plan, served_at_most
+    from ..run_size import served_size
+    from ..serving_deploy import deploy_arrivals, load_to_come
+    from .dry_run import say_plan
 
     request = RunRequest(
         model=model,
@@ -147,10 +139,10 @@ def deploy(
         raise UsageError("--live tells of runs whose prompts are all there; leave --arrivals out.")
     chosen = read_policy(policy)
     if dry_run:
-        say_plan(chosen, served_at_most(request, max_batch), out=out, as_json=as_json)
+        served = served_size(load_to_come(chosen, request, asked)) if arrive else None
+        say_plan(chosen, request, served=served, out=out, as_json=as_json)
         return
     if arrive:
-        check_room(chosen, served_at_most(request, max_batch))
         result = deploy_arrivals(
             chosen, request, asked, stop_at_eos=stop_at_eos, progress=progress, say=say
         )

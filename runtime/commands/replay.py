@@ -12,6 +12,7 @@ from ...tracer.commands.options import (
     BatchSize,
     Budget,
     Device,
+    DeviceMemory,
     Dtype,
     EmulatedLink,
     Json,
@@ -19,12 +20,15 @@ from ...tracer.commands.options import (
     ResultOut,
     Threads,
     Tier,
+    result_place,
 )
 from ...tracer.console import print_json, print_rows, progress, say, warn
 
 if TYPE_CHECKING:
     from ...simulator.policy.spec import PolicySpec
+    from ...tracer.types import ModelShape
     from ..replay.run import Replay
+    from ..room import Room
 
 
 def replay(
@@ -68,9 +72,11 @@ def replay(
         bool, typer.Option("--no-predict", help="Measure only: no calibration, no forecast.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    memory: DeviceMemory = None,
     out: ResultOut = None,
     predicted_out: Annotated[
-        Path | None, typer.Option(help="Write the forecast here.", dir_okay=False)
+        Path | None,
+        typer.Option(help="Write the forecast here.", dir_okay=False, callback=result_place),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -106,14 +112,20 @@ def replay(
         threads=threads,
         pin=not no_pin,
         seed=seed,
+        memory=memory,
     )
+    budget = budget if slots is None else f"{slots}slots"
+
+    def require(room: Room) -> None:
+        room.require(_slots(room.needs.shape, policy, budget))
+
     with progress("drawing weights", None, "experts") as report:
-        opened = open_replay(request, say=say, advance=report.advance)
+        opened = open_replay(request, say=say, advance=report.advance, require=require)
     try:
         spec = _spec(
             opened,
             policy=policy,
-            budget=budget if slots is None else f"{slots}slots",
+            budget=budget,
             names={
                 "cache": cache,
                 "predictor": predictor,
@@ -143,6 +155,18 @@ def replay(
         print_rows(f"Measured under replay: {found.measured.label}", rows)
     if found.measured.log_replays is False:
         raise NotValidatedError("The decision log does not replay.")
+
+
+def _slots(shape: ModelShape, policy: Path | None, budget: str) -> int:
+    """Slots of the policy to come."""
+    from ...simulator.budget import parse_budget
+    from ...simulator.policy.spec import check_shape, read_policy
+
+    if policy is None:
+        return parse_budget(budget, shape)
+    chosen = read_policy(policy)
+    check_shape(chosen.shape, shape)
+    return chosen.behaviour.slots
 
 
 def _spec(

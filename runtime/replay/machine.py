@@ -15,23 +15,27 @@ from ...simulator.policy.registry import predictors
 from ...simulator.policy.spec import PolicySpec
 from ...simulator.result import ArrivalResult, Result
 from ...tracer.blocks import HostBlocks, Tier
-from ...tracer.errors import ResourceError, UsageError
+from ...tracer.errors import UsageError
 from ...tracer.generate import StepTokens
 from ...tracer.load import LoadedModel
-from ...tracer.placement import free_bytes
-from ...tracer.quantities import LinkSpec, format_bytes
+from ...tracer.quantities import LinkSpec
 from ...tracer.timing import StepInfo
 from ..machine import Machine
+from ..room import Room
 from ..session import Session
-from .build import LABEL, expert_room, fill_others, random_blocks
+from .build import LABEL, fill_others, random_blocks
 from .live import EarlyChoice, LiveReplay
 from .plan import ReplayPlan, has_lookahead
+from .room import replay_room
 
 _TOKEN_NEEDS = frozenset({"paths", "token_table"})
 
 
 class ReplayMachine(Machine):
-    """See the module docstring. `loaded` is an unfilled model (build.py), whose experts are drawn here."""
+    """See the module docstring. `loaded` is an unfilled model (build.py), whose experts are drawn here.
+
+    Raises ResourceError before that if no policy could run in its `room`, which is summed up if it has not been.
+    """
 
     def __init__(
         self,
@@ -44,8 +48,10 @@ class ReplayMachine(Machine):
         pin: bool = True,
         seed: int = 0,
         advance: Callable[[int], None] = lambda _: None,
+        room: Room | None = None,
     ) -> None:
-        require_room(loaded, tier)
+        # Drawing takes minutes, and policies come later: one slot is the least that any of them takes.
+        (room or replay_room(loaded, plan, device, tier=tier)).require(1)
         blocks = random_blocks(
             loaded,
             device,
@@ -169,14 +175,4 @@ def _require_replayable(spec: PolicySpec, plan: ReplayPlan) -> None:
             f"predictor {spec.predictor.name!r} asks gates {spec.lookahead_depth} layers ahead, and what they say "
             f"was not recorded in {plan.routing.source}. Record it with --lookahead {spec.lookahead_depth}, or choose "
             "another predictor."
-        )
-
-
-def require_room(loaded: LoadedModel, tier: Tier) -> None:
-    """Refuse in time what the host cannot hold. Raises ResourceError with the numbers."""
-    needed, free = expert_room(loaded), free_bytes(torch.device("cpu"))
-    if tier == "ram" and needed > free:
-        raise ResourceError(
-            f"The experts of {loaded.shape.model_id} take {format_bytes(needed)} of host memory, and "
-            f"{format_bytes(free)} are free. Use --tier disk, or a smaller shape."
         )

@@ -21,10 +21,12 @@ from ...tracer.probe import provenance
 from ...tracer.quantities import LinkSpec, format_bytes
 from ..calibrate import Calibration
 from ..forecasts import forecaster_of
+from ..room import Room
 from ..verdict import Pair, judge
 from .build import LABEL, expert_room, replay_dtype, unfilled_model
 from .machine import ReplayMachine, replay_notes
 from .plan import ReplayPlan, plan_replay, replay_workload
+from .room import replay_room
 from .routing import TokenRouting, read_routing
 from .shapes import shape_config
 from .stretch import stretched
@@ -36,7 +38,10 @@ CALIBRATION_RUNS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayRequest:
-    """What to replay: a model by the name or folder of its config, and routing from a trace or another tool's file."""
+    """What to replay: a model by the name or folder of its config, and routing from a trace or another tool's file.
+
+    `memory` is what the device may hold, as text; None: what it has free.
+    """
 
     config: str
     trace: Path | None = None
@@ -52,6 +57,7 @@ class ReplayRequest:
     threads: int | None = None
     pin: bool = True
     seed: int = 0
+    memory: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +72,8 @@ class Replayed:
 class Replay:
     """A machine under replayed routing, with the prompts it is judged on and others to calibrate on and to learn from.
 
-    `limit` uses the first of the plan's sequences only.
+    `limit` uses the first of the plan's sequences only; `slots` are the most that a calibration may take, None: one for
+    every expert.
     """
 
     def __init__(
@@ -76,8 +83,10 @@ class Replay:
         batch_size: int,
         seed: int = 0,
         limit: int | None = None,
+        slots: int | None = None,
     ) -> None:
         self.machine = machine
+        self._slots = slots
         self.batch_size = batch_size
         self.judged, self.learned = machine.plan.divide(limit)
         self.workload = self._workload(self.judged)
@@ -99,6 +108,7 @@ class Replay:
             self.learned,
             batch_size=self.batch_size,
             max_new_tokens=self.plan.new_tokens,
+            slots=self._slots,
         )
         return self.ready(calibration, advance), calibration
 
@@ -153,8 +163,18 @@ def planned(
     )
 
 
-def open_replay(request: ReplayRequest, *, say: Callable[[str], None], advance: Advance) -> Replay:
-    """Read the routing, make the model, and draw its experts. `advance` counts experts."""
+def open_replay(
+    request: ReplayRequest,
+    *,
+    say: Callable[[str], None],
+    advance: Advance,
+    require: Callable[[Room], object] = lambda room: room.require(1),
+) -> Replay:
+    """Read the routing, make the model, and draw its experts. `advance` counts experts.
+
+    `require` is asked before experts are drawn, whether the run to come has the room it needs; by default for the least
+    that any policy takes. Raises ResourceError if not.
+    """
     device = choose_device(request.device)
     tier = choose_tier(request.tier)
     use_threads(request.threads, device)
@@ -172,6 +192,15 @@ def open_replay(request: ReplayRequest, *, say: Callable[[str], None], advance: 
         f"{loaded.shape.model_id} on {device}: {loaded.shape.total_experts} experts, "
         f"{format_bytes(expert_room(loaded))}; routing of {routing.source}"
     )
+    room = replay_room(
+        loaded,
+        plan,
+        device,
+        batch_size=request.batch_size,
+        tier=tier,
+        memory=request.memory,
+    )
+    require(room)
     machine = ReplayMachine(
         loaded,
         plan,
@@ -181,8 +210,11 @@ def open_replay(request: ReplayRequest, *, say: Callable[[str], None], advance: 
         pin=request.pin,
         seed=request.seed,
         advance=advance,
+        room=room,
     )
-    return Replay(machine, batch_size=request.batch_size, seed=request.seed)
+    return Replay(
+        machine, batch_size=request.batch_size, seed=request.seed, slots=room.most_slots()
+    )
 
 
 def unfilled(request: ReplayRequest, device: torch.device) -> LoadedModel:

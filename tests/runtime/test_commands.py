@@ -186,9 +186,9 @@ def test_missing_model_and_missing_cuda_exit_4(capsys, bench, policy, tmp_path):
 
 
 def test_policy_that_does_not_fit_exits_4_with_the_numbers(capsys, bench, policy, monkeypatch):
-    from expertflow.runtime import deploy
+    from expertflow.runtime import room
 
-    monkeypatch.setattr(deploy, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
 
     code, _, err = deployed(capsys, bench, policy)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from expertflow.runtime import deploy as deploying
-from expertflow.runtime import run_plan
+from expertflow.runtime import room
 from expertflow.runtime.run_plan import RunPlan
 from expertflow.tracer.errors import ResourceError
 from expertflow.tracer.main import main
@@ -110,14 +110,14 @@ def test_a_larger_budget_does_not_make_the_device_larger(bench, policy, monkeypa
     from expertflow.simulator.policy.spec import read_policy
 
     request = deploying.RunRequest(prompts=bench.prompts_file, device="cpu", memory="100GiB")
-    monkeypatch.setattr(deploying, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
 
     with pytest.raises(ResourceError, match="1 KB may be used"):
         deploying.check_room(read_policy(policy), request)
 
 
 def test_a_host_too_small_for_the_model_is_refused(capsys, bench, policy, monkeypatch, unloadable):
-    monkeypatch.setattr(run_plan, "available_host_bytes", lambda: 50_000)
+    monkeypatch.setattr(room, "available_host_bytes", lambda: 50_000)
 
     code, _, err = ran(capsys, bench, policy, "--memory", "1GiB", "--dry-run")
 

@@ -7,6 +7,29 @@ from typing import Annotated
 
 import typer
 
+from ..outputs import require_place
+
+
+def result_place(path: Path | None) -> Path | None:
+    """What --out names, for a result; refused before the work if it cannot be written or must not be replaced."""
+    return require_place(path)
+
+
+def machine_place(path: Path | None) -> Path | None:
+    """What --out names, for a machine; refused before the work if it cannot be written or must not be replaced."""
+    return require_place(path, replaces="machine")
+
+
+def profile_place(path: Path | None) -> Path | None:
+    """What --out names, for a profile; refused before the work if it cannot be written or must not be replaced."""
+    return require_place(path, replaces="profile")
+
+
+def policy_place(path: Path | None) -> Path | None:
+    """What --out names, for a policy; refused before the work if it cannot be written or must not be replaced."""
+    return require_place(path, replaces="policy")
+
+
 Prompts = Annotated[
     Path | None, typer.Option(help="Prompts, .jsonl or text; default: the shipped held-out set.")
 ]
@@ -16,6 +39,12 @@ Limit = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Sequences per batch.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate per prompt.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", "--vram", help="Device memory to use, as 24GiB; default: what is free."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 EmulatedLink = Annotated[
     str | None, typer.Option("--link", help="Emulate a link on the CPU, for example 8GB/s+10us.")
@@ -31,7 +60,9 @@ Threads = Annotated[
 Budget = Annotated[
     str, typer.Option(help="Share of all experts (0.5), slots (128slots) or bytes (6GiB).")
 ]
-PolicyPath = Annotated[Path, typer.Argument(help="policy.json, as written by `tune`.")]
+PolicyPath = Annotated[
+    Path, typer.Argument(help="policy.json, as written by `tune`.", metavar="POLICY")
+]
 PolicyModel = Annotated[
     str | None, typer.Option("--model", help="Hub id or folder; default: the policy's model.")
 ]
@@ -57,5 +88,8 @@ CpuExpert = Annotated[
 TraceDir = Annotated[Path, typer.Argument(help="Trace folder.", metavar="DIR")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 ResultOut = Annotated[
-    Path | None, typer.Option("--out", help="Also write the result here.", dir_okay=False)
+    Path | None,
+    typer.Option(
+        "--out", help="Also write the result here.", dir_okay=False, callback=result_place
+    ),
 ]

@@ -12,14 +12,15 @@ from ..errors import UsageError
 from ..profile.document import ProfileFile
 from ..profile.files import named_path, read_profile, saved_names, write_profile
 from ..quantities import format_bytes, format_seconds
-from .options import Device, Dtype, EmulatedLink, Json, Threads
+from .options import Device, Dtype, EmulatedLink, Json, Threads, profile_place
 
 LIST_FORMAT = "expertflow.profiles/1"
 
 
 def profile(
     out: Annotated[
-        Path | None, typer.Option(help="Where to write profile.json.", dir_okay=False)
+        Path | None,
+        typer.Option(help="Where to write profile.json.", dir_okay=False, callback=profile_place),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Keep it under this name, for --link NAME anywhere.")

@@ -42,6 +42,10 @@ def split(
 
     if train.resolve() == heldout.resolve():
         raise UsageError(f"--train and --heldout are both {train}; give two folders.")
+    if train.resolve().is_relative_to(heldout.resolve()) or heldout.resolve().is_relative_to(
+        train.resolve()
+    ):
+        raise UsageError(f"{train} and {heldout} lie in one another; give two folders apart.")
     for out in (train, heldout):
         local_only(out, "writing")
         if out.exists() and not overwrite:

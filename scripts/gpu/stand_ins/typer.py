@@ -16,6 +16,14 @@ class Exit(SystemExit):
     """End with this code."""
 
 
+class Context:
+    """Does not know which options were said."""
+
+    def get_parameter_source(self, name: str) -> None:
+        """Where a value came from: not known."""
+        del name
+
+
 class _Parameter:
     def __init__(self, *names: Any, **settings: Any) -> None:
         self.names = [name for name in names if isinstance(name, str)]
@@ -69,7 +77,9 @@ class Typer:
         function, _ = self._commands[name]
         parser, names = _parser(function, f"{prog_name} {name}")
         given = vars(parser.parse_args(list(arguments)[1:]))
-        function(**{name: given[name] for name in names})
+        values: dict[str, Any] = {name: given[name] for name in names}
+        values |= {name: Context() for name in _contexts(function)}
+        function(**values)
         raise SystemExit(0)
 
 
@@ -80,12 +90,20 @@ def _parser(
     parser = argparse.ArgumentParser(prog=program, description=about, allow_abbrev=False)
     hints = typing.get_type_hints(inspect.unwrap(function), include_extras=True)
     signature = inspect.signature(inspect.unwrap(function))
-    for name, parameter in signature.parameters.items():
+    names = [name for name in signature.parameters if name not in _contexts(function)]
+    for name in names:
+        parameter = signature.parameters[name]
         hint, extra = hints[name], None
         if typing.get_origin(hint) is typing.Annotated:
             hint, extra = typing.get_args(hint)[:2]
         _add(parser, name, hint, extra or _Option(), parameter.default)
-    return parser, list(signature.parameters)
+    return parser, names
+
+
+def _contexts(function: Callable[..., Any]) -> list[str]:
+    """Parameters that are not said: they tell of what was."""
+    hints = typing.get_type_hints(inspect.unwrap(function))
+    return [name for name, hint in hints.items() if hint is Context]
 
 
 def _add(
