@@ -108,6 +108,11 @@ def gap(check: Check, value: float, *, sign: bool = True) -> str:
     return f"{number} points" if is_absolute(check) else f"{number} %"
 
 
+def is_outside(check: Check) -> bool:
+    """Whether a check counts against a verdict."""
+    return check.is_judged and not check.passed
+
+
 def miss(check: Check) -> str:
     """A check that failed, in words."""
     side = "high" if check.gap > 0 else "low"
@@ -117,7 +122,7 @@ def miss(check: Check) -> str:
 def label(name: str) -> str:
     """A field name as a person would write it."""
     text = name.replace("_", " ").replace(" per s", "/s").strip()
-    text = text.replace("ttft s", "time to first token").replace("tpot s", "time per token")
+    text = text.replace("ttft", "time to first token").replace("tpot", "time per token")
     return text.removesuffix(" s")
 
 

@@ -29,6 +29,8 @@ from .machine import Machine, no_collector, parameter_bytes
 from .serving_passes import PassRunner
 from .session import Session
 
+NO_MEMORY = MemoryResult(non_expert_weights=0, slots=0, kv_cache=0, activations=0)
+"""For runs whose memory is not asked for."""
 _WARM_UP_TOKENS = 3
 
 
@@ -80,6 +82,11 @@ class Served:
     outputs: list[Generated]
     serving: Serving
     passes: Sequence[tuple[Pass, tuple[int, ...]]]
+
+    def with_memory(self, memory: MemoryResult) -> Served:
+        """The same run with what was measured apart; its KV cache is its own."""
+        found = replace(memory, kv_cache=self.record.memory.kv_cache)
+        return replace(self, record=replace(self.record, memory=found))
 
 
 class ServingLoop:
@@ -202,6 +209,39 @@ def peak_memory(machine: Machine, spec: PolicySpec, load: Load) -> MemoryResult:
         slots=slots,
         kv_cache=0,
         activations=max([0, *working]),
+    )
+
+
+def peak_in_passes(
+    machine: Machine,
+    spec: PolicySpec,
+    load: Load,
+    passes: Sequence[tuple[Pass, tuple[int, ...]]],
+) -> MemoryResult:
+    """Measure working tensors in the very passes of a run, run again apart from the timed ones.
+
+    They come on top of the most positions that the KV cache held, which is left out: a run counts its own.
+    """
+    per_token = machine.loaded.shape.kv_bytes_per_token
+    with machine.session(spec) as session:
+        runners: list[PassRunner] = []
+
+        def run(watch: StepObserver) -> None:
+            runner = PassRunner(machine.loaded, load.requests, watch)
+            runners.append(runner)
+            with torch.inference_mode():
+                for found, in_progress in passes:
+                    runner.keep(in_progress)
+                    runner.run(found)
+
+        peak = max((peak for _, peak in peaks_of(run, machine.device, session)), default=0)
+        slots = session.store.arena.num_bytes
+    kv_bytes = max(runners[0].kv_positions.values(), default=0) * per_token
+    return MemoryResult(
+        non_expert_weights=parameter_bytes(machine.loaded),
+        slots=slots,
+        kv_cache=0,
+        activations=max(0, peak - kv_bytes),
     )
 
 

@@ -282,7 +282,8 @@ class Check:
     """One predicted quantity next to the measured one.
 
     `gap` is relative (or absolute, for rates: `unit` says) and signed: predicted − measured.
-    `noise` is the spread of the base-vs-base control in the same unit.
+    `noise` is the spread of the base-vs-base control in the same unit. What is not judged is shown only: whether it
+    `passed` decides nothing, and `cause` says why.
     """
 
     quantity: str
@@ -294,6 +295,7 @@ class Check:
     noise: float
     passed: bool
     cause: str = ""
+    is_judged: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,7 +314,10 @@ class VerifiedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What `verify` found. `validated` is true only if every check of every run passed."""
+    """What `verify` found. `validated` is true only if every judged check of every run passed.
+
+    `arrivals` says how requests came, empty where prompts were all there.
+    """
 
     validated: bool
     summary: str
@@ -321,6 +326,7 @@ class Verdict:
     order_preserved: bool
     provenance: Provenance
     warnings: tuple[str, ...] = ()
+    arrivals: str = ""
     format: str = VERDICT_FORMAT
 
 

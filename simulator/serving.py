@@ -270,6 +270,7 @@ class Serving:
             self._feed_decodes(found, self._running)
         if not found.is_decode:
             self._mixed_tokens += decoded
+        found.positions = sum(request.past + request.fed for request in self._running)
         return found
 
     def _join(self, room: int) -> list[_Request]:

@@ -19,13 +19,14 @@ from .workload import Rows, Steps, Workload, build_workload
 class Pass:
     """One forward pass to be: `tokens` are places in a token table, each fed for the request in `owners`.
 
-    `members` are the requests that get a token from it.
+    `members` are the requests that get a token from it. `positions` of the KV cache are full when it ends.
     """
 
     number: int
     is_decode: bool
     batch: int
     context: int
+    positions: int = 0
     tokens: list[int] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
@@ -218,6 +219,8 @@ class TokenTable:
 
 def _steps(found: Sequence[Pass]) -> Steps:
     sizes = [len(each.members) for each in found]
+    # Sequences of a pass differ in length, and some may not be fed: all are counted as `batch` times the longest.
+    beside = [each.positions - each.batch * each.context for each in found]
     return Steps(
         number=np.array([each.number for each in found], dtype=np.int64),
         is_decode=np.array([each.is_decode for each in found], dtype=bool),
@@ -226,6 +229,7 @@ def _steps(found: Sequence[Pass]) -> Steps:
         context=np.array([each.context for each in found], dtype=np.int64),
         member_ptr=np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
         members=np.array([member for each in found for member in each.members], dtype=np.int64),
+        kv_beside=np.array(beside, dtype=np.int64),
     )
 
 

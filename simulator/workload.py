@@ -91,7 +91,8 @@ class Steps:
     """Forward passes, one array entry each. `members` are the sequences that got a token, by `member_ptr`.
 
     Where batches are decoded in turns (regroup.py), `overhead_s` are seconds that are spent before each pass on who
-    runs in which batch, and `kv_beside` counts the positions of other batches' KV cache on the device meanwhile.
+    runs in which batch, and `kv_beside` counts the positions of KV cache on the device beside `batch` times `context`:
+    those of other batches, less what sequences are shorter than the longest of their pass where that is known.
     """
 
     number: np.ndarray

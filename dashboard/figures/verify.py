@@ -30,6 +30,7 @@ def checks_frame(runs: Sequence[VerifiedRun]) -> pd.DataFrame:
             "tolerance": c.tolerance,
             "noise": c.noise,
             "passed": c.passed,
+            "judged": c.is_judged,
             "cause": c.cause,
         }
         for run in runs
@@ -65,7 +66,7 @@ def checks(runs: Sequence[VerifiedRun]) -> go.Figure:
 
 def checks_finding(runs: Sequence[VerifiedRun]) -> tuple[str, str]:
     """The chart's title: how many checks held, and how to read the marks."""
-    every = [c for run in runs for c in run.checks]
+    every = [c for run in runs for c in run.checks if c.is_judged]
     passed = sum(c.passed for c in every)
     count = f"{passed} of {len(every)} checks are within tolerance"
     return count, "Hollow: predicted. Solid: measured. Band: tolerance around measured. ✗: outside"
@@ -73,7 +74,7 @@ def checks_finding(runs: Sequence[VerifiedRun]) -> tuple[str, str]:
 
 def _panel_title(quantity: str, runs: Sequence[VerifiedRun]) -> str:
     found = [c for run in runs for c in run.checks if c.quantity == quantity]
-    failed = sum(not c.passed for c in found)
+    failed = sum(map(words.is_outside, found))
     name = escape(words.label(quantity))
     return f"{name}: {failed} outside" if failed else name
 
@@ -131,7 +132,7 @@ def _marks(
             "line": {"width": 2.5, "color": colour},
         },
         # Rows are shared by the panels of a line, so the failing mark sits at the point.
-        text=["" if c.passed else "✗" for c in found] if is_hollow else None,
+        text=["✗" if words.is_outside(c) else "" for c in found] if is_hollow else None,
         textposition="top center",
         cliponaxis=False,
         textfont={"color": theme.MEANING["wait"], "size": 16},

@@ -71,7 +71,7 @@ def reasons(verdict: Verdict) -> list[str]:
     out: list[str] = []
     for run in verdict.runs:
         name = words.plain(run.label)
-        failed = [c for c in run.checks if not c.passed]
+        failed = [c for c in run.checks if words.is_outside(c)]
         if failed:
             out.append(f"{name}: {words.plain(', '.join(map(words.miss, failed)))}")
         if not run.same_tokens and run.is_lossless:
@@ -90,7 +90,7 @@ def is_emulated(run: VerifiedRun) -> bool:
 
 def _promises(verdict: Verdict) -> None:
     runs = verdict.runs
-    checks = [c for run in runs for c in run.checks]
+    checks = [c for run in runs for c in run.checks if c.is_judged]
     lossless = [run for run in runs if run.is_lossless]
     same = sum(run.same_tokens for run in lossless)
     replays = sum(run.log_replays for run in runs)
@@ -129,8 +129,15 @@ def _charts(verdict: Verdict) -> None:
     )
 
 
+def _served(run: VerifiedRun) -> None:
+    """How requests were served that arrived."""
+    for result in (run.predicted, *run.measured[-1:]):
+        if result.arrivals is not None:
+            st.markdown(f"{result.source.title()}: {words.plain(result.arrivals.finding)}")
+
+
 def _configuration(run: VerifiedRun) -> None:
-    failed = sum(not c.passed for c in run.checks)
+    failed = sum(map(words.is_outside, run.checks))
     state = f"{failed} outside tolerance" if failed else "all within tolerance"
     with st.expander(f"{words.plain(run.label)}: {state}", expanded=True):
         first = run.predicted
@@ -143,6 +150,7 @@ def _configuration(run: VerifiedRun) -> None:
             f"{first.slots} of {first.total_experts} experts resident · "
             f"device {words.plain(first.device)} · link {words.plain(link)}"
         )
+        _served(run)
         st.table(checks_table(run.checks))
         st.caption("gap: predicted less measured; noise: the same run made twice")
         if run.causes:
@@ -160,13 +168,19 @@ def checks_table(found: Sequence[Check]) -> pd.DataFrame:
             "gap": words.plain(words.gap(c, c.gap)),
             "tolerance": words.plain(f"±{words.gap(c, c.tolerance, sign=False)}"),
             "noise": words.plain(f"±{words.gap(c, c.noise, sign=False)}"),
-            "pass": "✓ pass" if c.passed else "✗ outside",
+            "pass": _mark(c),
             "cause": words.plain(c.cause),
         }
         for c in found
     ]
     columns = ["quantity", "predicted", "measured", "gap", "tolerance", "noise", "pass", "cause"]
     return pd.DataFrame(rows, columns=columns).set_index("quantity")
+
+
+def _mark(check: Check) -> str:
+    if not check.is_judged:
+        return "– not judged"
+    return "✓ pass" if check.passed else "✗ outside"
 
 
 def causes_table(run: VerifiedRun) -> pd.DataFrame:

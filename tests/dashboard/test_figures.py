@@ -246,6 +246,17 @@ def test_failed_checks_are_counted_and_marked() -> None:
     assert marks.count("✗") == 2
 
 
+def test_what_is_not_judged_is_drawn_and_not_counted() -> None:
+    (run, *_) = make_verdict("t", validated=True).runs
+    late = replace(run.checks[-1], quantity="ttft_p99_s", gap=0.9, passed=False, is_judged=False)
+    runs = [replace(run, checks=(*run.checks, late))]
+    fig = verify.checks(runs)
+    assert "6 of 6 checks" in fig.layout.title.text
+    assert "time to first token p99" in [note.text for note in fig.layout.annotations]
+    assert not any("✗" in mark for trace in fig.data if trace.text for mark in trace.text)
+    assert verify.checks_frame(runs)["judged"].tolist() == [True] * 6 + [False]
+
+
 def test_time_parts_add_up_to_the_total() -> None:
     (run, *_) = make_verdict("t", validated=True).runs
     frame = time_split.time_split_frame([run])

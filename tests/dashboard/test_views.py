@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from expertflow.dashboard import parts, words
 from expertflow.dashboard.views import overview, verify
+from expertflow.simulator.result import Check
+from expertflow.simulator.saturation import Load, ServedTimes, judge_arrivals
 from expertflow.tracer.records import write_json
 from streamlit.testing.v1 import AppTest
 
@@ -140,6 +144,41 @@ def test_verify_says_no_and_why(demo: Path) -> None:
     assert "NOT validated." in app.error[0].value
     assert "lfu: tokens/s predicted 20.6 % too high" in text(app)
     assert "copies slower than the traced link" in app.table[2].value.to_string()
+
+
+def test_verify_shows_latencies_of_requests_and_what_is_not_judged(tmp_path: Path) -> None:
+    verdict = make_verdict("t", validated=True)
+    late = Check(
+        quantity="ttft_p99_s",
+        unit="s",
+        predicted=0.4,
+        measured=0.2,
+        gap=1.0,
+        tolerance=0.8,
+        noise=0.1,
+        passed=False,
+        cause="at this load",
+        is_judged=False,
+    )
+    runs = [replace(run, checks=(*run.checks, late)) for run in verdict.runs]
+    served = replace(
+        verdict.runs[0].predicted,
+        arrivals=judge_arrivals(
+            ServedTimes(*(np.arange(4.0) + seconds for seconds in (0, 0.1, 0.2))),
+            Load(description="", users=None, busy_s=1.0, mean_batch=1.0, mixed_tokens=0),
+        ),
+    )
+    runs[0] = replace(runs[0], predicted=served)
+    write_json(tmp_path / "v.json", replace(verdict, runs=tuple(runs), arrivals="Poisson, 2/s"))
+
+    app = open_page("verify", tmp_path)
+
+    rows = app.table[0].value.loc["time to first token p99"]
+    shown = [rows[name] for name in ("predicted", "measured", "pass")]
+    assert shown == ["400 ms", "200 ms", "– not judged"]
+    assert "Predicted: Keeps up: requests arrive at 1/s" in text(app)
+    assert "18 of 18 checks" in titles(app)
+    assert not app.error
 
 
 def test_empty_folders_name_the_commands(tmp_path: Path) -> None:

@@ -413,6 +413,9 @@ def test_calibration_sees_batches_of_every_size_and_mixed_passes(bench):
     calibration.specs = calibration.specs[2:4]
     costs = calibration.measure(lambda _: None)
 
+    assert {point.batch for point in costs.memory if point.phase == "decode"} == {1, 2, 3}
+    longest = max(len(prompt.token_ids) for prompt in short)
+    assert max(point.tokens for point in costs.memory) > longest, "prompts share passes"
     assert {one.batch for one in found if one.is_decode} == {1, 2, 3}
     assert any(not one.is_decode and 0 in one.owners and one.batch == 3 for one in found)
     assert costs.copy_s > 0

@@ -3,7 +3,15 @@
 from dataclasses import replace
 
 import pytest
-from expertflow.runtime.verdict import Pair, judge, noise_of, order_is_preserved, time_causes
+from expertflow.runtime.verdict import (
+    SERVING_QUANTITIES,
+    Pair,
+    judge,
+    noise_of,
+    order_is_preserved,
+    summarise,
+    time_causes,
+)
 from expertflow.runtime.verify import configurations
 from expertflow.simulator.result import (
     Bounds,
@@ -207,6 +215,84 @@ def test_one_log_that_does_not_replay_marks_the_run():
     run = judged(BASE, BASE, result(log_replays=False), BASE)
 
     assert not run.log_replays
+
+
+def under_load(predicted: Result, measured: Result, **tolerances: float):
+    return judge(
+        "lru", [Pair(predicted, measured)], True, {},
+        quantities=SERVING_QUANTITIES, tolerances=tolerances,
+    )  # fmt: skip
+
+
+def late(**seconds: float) -> Percentiles:
+    return replace(_LATENCY, **seconds)
+
+
+@pytest.mark.parametrize("latency", ["ttft", "tpot"])
+@pytest.mark.parametrize("quantile", ["p50", "p99"])
+def test_latencies_are_judged_by_quantile(latency, quantile):
+    name = f"{latency}_{quantile}_s"
+    inside, outside = (result(**{latency: late(**{quantile: s})}) for s in (0.1099, 0.1101))
+
+    assert check(under_load(inside, BASE), name).passed
+    failed = [one.quantity for one in under_load(outside, BASE).checks if not one.passed]
+    assert failed == [name]
+    assert check(under_load(outside, BASE), name).tolerance == 0.10
+
+
+def test_a_tolerance_of_its_own_widens_and_never_narrows():
+    off = result(ttft=late(p50=0.14))
+
+    assert check(under_load(off, BASE, ttft_p50_s=0.41), "ttft_p50_s").passed
+    assert check(under_load(off, BASE, ttft_p50_s=0.39), "ttft_p50_s").passed is False
+    assert check(under_load(off, BASE, ttft_p50_s=0.01), "ttft_p50_s").tolerance == 0.10
+
+
+def test_what_cannot_be_forecast_is_shown_and_decides_nothing():
+    chaotic = under_load(result(ttft=late(p99=0.5)), BASE, ttft_p99_s=0.51)
+    shown = check(chaotic, "ttft_p99_s")
+
+    assert shown.gap == pytest.approx(4)
+    assert not shown.passed
+    assert not shown.is_judged
+    assert "half" in shown.cause
+    verdict = summarise(
+        [chaotic], noise_of([(BASE, BASE)], SERVING_QUANTITIES), emulated_link="", arrivals="so"
+    )
+    assert verdict.validated
+    assert "1 of 4 latencies are shown, not judged" in verdict.summary
+    assert "requests as they arrive (so)" in verdict.summary
+
+
+def test_other_quantities_are_judged_however_wide_their_tolerance():
+    run = under_load(result(tokens_per_s=250.0), BASE, tokens_per_s=0.9)
+
+    assert check(run, "tokens_per_s").is_judged
+    assert not check(run, "tokens_per_s").passed
+
+
+def test_under_load_policies_are_ordered_by_time_per_token_too():
+    """All are served at the rate that requests come in, so throughput cannot tell them apart."""
+    fast, slow = result(tpot=late(p50=0.05)), result(tpot=late(p50=0.052))
+    noise = noise_of([(BASE, BASE)], SERVING_QUANTITIES)
+
+    def verdict(*pairs):
+        judged = [under_load(*pair) for pair in pairs]
+        return summarise(judged, noise, emulated_link="", arrivals="so")
+
+    assert verdict((fast, fast), (slow, slow)).validated
+    swapped = verdict((fast, slow), (slow, fast))
+    assert all(one.passed for run in swapped.runs for one in run.checks)
+    assert not swapped.order_preserved
+    assert not swapped.validated
+
+
+def test_a_verdict_on_batches_says_nothing_of_latencies():
+    verdict = summarise([judged(BASE, BASE)], noise_of([(BASE, BASE)]), emulated_link="")
+
+    assert verdict.arrivals == ""
+    assert "first token" not in verdict.summary
+    assert verdict.validated
 
 
 def runs(*speeds: tuple[float, float]):
