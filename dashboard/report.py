@@ -73,7 +73,7 @@ def report_on(path: Path) -> Report:
     catalog = discover(path) if path.is_dir() else discover_file(path)
     sections = [section for section in _sections(catalog) if section is not None]
     if not sections:
-        reasons = "; ".join(f"{p.name}: {p.reason}" for p in catalog.problems[:3])
+        reasons = "; ".join(f"{p.name}: {p.reason.rstrip('.')}" for p in catalog.problems[:3])
         why = f" ({reasons})" if reasons else ""
         raise InputError(
             f"{path} holds nothing to report{why}. Make something with `expertflow-trace run`, `simulate`, `tune`, "
@@ -124,7 +124,7 @@ def _verdict(found: Found[Verdict]) -> Section:
             "measured": words.amount(check, check.measured),
             "gap": words.gap(check, check.gap),
             "tolerance": f"±{words.gap(check, check.tolerance, sign=False)}",
-            "within": "yes" if check.passed else "NO",
+            "within": ("yes" if check.passed else "NO") if check.is_judged else "not judged",
         }
         for run in verdict.runs
         for check in run.checks

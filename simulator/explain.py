@@ -29,7 +29,7 @@ def explain(
         lines.append("No policy helps here: " + _what_helps(baseline))
     lines.append(
         f"It hits {best.decode.hit_rate:.0%} of demanded experts in decode "
-        f"(Belady, which knows the future: {tuning.bounds[0].decode.hit_rate:.0%}) and reaches "
+        f"(evictions that know the future, without prefetch: {tuning.bounds[0].decode.hit_rate:.0%}) and reaches "
         f"{best.bounds.share_of_best:.0%} of what the link allows; with everything resident it would be "
         f"{limit:.1f} tokens/s."
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..tracer.errors import InputError, UsageError
+from ..tracer.outputs import taking_place
 from ..tracer.quantities import format_seconds
 from ..tracer.records import from_json, read_json
 from ..tracer.store import NO_EXPERT
@@ -133,11 +134,8 @@ def paths_file(folder: Path, trace_id: str) -> Path:
 
 def write_paths(path: Path, table: PathTable) -> None:
     """Write predicted paths, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with taking_place(path) as place, place.open("wb") as file:
         np.savez_compressed(file, **{name: getattr(table, name) for name in _ARRAYS})
-    partial.replace(path)
 
 
 def read_paths(path: Path, shape: ModelShape) -> PathTable:

@@ -46,7 +46,9 @@ def print_error(message: str) -> None:
 
 def print_json(document: Any) -> None:
     """Print one JSON document on stdout; numbers that are not finite become null."""
-    sys.stdout.write(json.dumps(_finite(to_json(document)), indent=2, ensure_ascii=False) + "\n")
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+    text = json.dumps(_finite(to_json(document)), indent=2, ensure_ascii=not is_unicode)
+    sys.stdout.write(text + "\n")
 
 
 def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:

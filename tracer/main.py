@@ -11,10 +11,13 @@ import errno
 import functools
 import importlib
 import importlib.util
+import inspect
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -61,7 +64,20 @@ def main(args: Sequence[str] | None = None) -> None:
     if "--debug" in arguments:
         arguments.remove("--debug")
         is_debug = True
+    _ready_streams()
     sys.exit(_guarded(lambda: _dispatch(arguments), is_debug))
+
+
+def _ready_streams() -> None:
+    """Make the streams take whatever is printed: none may be missing, and no letter may end a command."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller, as in `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if os.environ.get("COLUMNS") == "0":  # a window of no width, in which Rich would show nothing
+        del os.environ["COLUMNS"]
 
 
 def commands() -> dict[str, str]:
@@ -118,8 +134,14 @@ def _listing(targets: dict[str, str], arguments: list[str]) -> int:
 
 def _run(command: Callable[..., Any], name: str, arguments: list[str]) -> int:
     app = _app()
-    app.command(name)(_carrying_interrupts(command))
+    app.command(name, help=_paragraphs(command))(_carrying_interrupts(command))
     return _invoke(app, arguments)
+
+
+def _paragraphs(command: Callable[..., Any]) -> str:
+    """A docstring whose lines are as long as its paragraphs: Typer would keep the breaks of the source."""
+    parts = (inspect.getdoc(command) or "").split("\n\n")
+    return "\n\n".join(" ".join(part.split()) for part in parts)
 
 
 def _app() -> Any:
@@ -150,6 +172,8 @@ def _invoke(app: Any, arguments: list[str]) -> int:
     try:
         app(arguments, prog_name=PROGRAM)
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # Rich and Click make an error of it
+            raise stop.__context__ from None
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 
@@ -198,13 +222,27 @@ def _guarded(work: Callable[[], int], is_debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if _is_interrupt(error):
+            sys.stderr.write("Interrupted.\n")
+            return 130
         if is_debug:
             traceback.print_exc()
         message, code = _explain(error, is_debug)
         from .console import print_error
 
-        print_error(message)
+        with suppress(OSError):  # nobody may be there to read it; the code still says it
+            print_error(message)
         return code
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind an error: Python makes another of it while classes are being made."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, (KeyboardInterrupt, _Interrupted)):
+            return True
+        found = found.__cause__
+    return False
 
 
 def _explain(error: Exception, is_debug: bool) -> tuple[str, int]:
@@ -214,6 +252,8 @@ def _explain(error: Exception, is_debug: bool) -> tuple[str, int]:
         return "Out of memory. Use a smaller batch, fewer prompts or a smaller model.", 4
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full: {error}. Free some space or choose another --out.", 4
+    if isinstance(error, FileNotFoundError) and not error.filename and _is_nowhere():
+        return "The current folder no longer exists. Change into one that does.", 4
     if isinstance(error, _WRONG_PATH) and error.filename:
         return f"{error.filename} cannot be used: {error.strerror}.", 3
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRA_OF:
@@ -223,6 +263,14 @@ def _explain(error: Exception, is_debug: bool) -> tuple[str, int]:
     )
     hint = "" if is_debug else f" This is a bug; {_DEBUG}=1 or --debug shows where."
     return f"{words}{hint}", 1
+
+
+def _is_nowhere() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _declared_in_tree() -> dict[str, str]:

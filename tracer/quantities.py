@@ -71,13 +71,15 @@ class LinkSpec:
     def parse(cls, text: str) -> LinkSpec:
         """Read a link. Raises UsageError."""
         match = _LINK.match(text.strip())
-        if not match or not 0 < float(match[1]) < math.inf:
+        bandwidth = float(match[1]) * _BYTES[match[2]] if match else 0.0
+        latency = float(match[3]) * _SECONDS[match[4]] if match and match[3] else 0.0
+        # Beyond these nothing is a link, and sums of times stop being numbers.
+        if not 1.0 <= bandwidth < math.inf or latency > 3600.0:
             raise UsageError(
-                f"Link {text!r} is not understood; write BANDWIDTH/s, and after a + the latency of "
-                "one copy if there is any, for example 8GB/s+10us."
+                f"Link {text!r} is not understood; write BANDWIDTH/s (at least 1B/s), and after a + the latency of "
+                "one copy if there is any (at most an hour), for example 8GB/s+10us."
             )
-        latency = float(match[3]) * _SECONDS[match[4]] if match[3] else 0.0
-        return cls(text.strip(), float(match[1]) * _BYTES[match[2]], latency)
+        return cls(text.strip(), bandwidth, latency)
 
     def copy_s(self, num_bytes: float) -> float:
         """Seconds of one copy."""

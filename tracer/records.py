@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import InputError
+from .outputs import taking_place
 
 T = TypeVar("T")
 
@@ -119,13 +120,14 @@ def read_json(path: Path, error: type[InputError] = InputError) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path} does not exist.") from None
+    except IsADirectoryError:
+        raise error(f"{path} is a folder, and a JSON file is expected.") from None
     except (OSError, UnicodeDecodeError, ValueError) as cause:
         raise error(f"{path} is not readable JSON: {cause}.") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(to_json(value), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write JSON atomically: a reader sees the old file or the new one, never a half. Raises ResourceError."""
+    text = json.dumps(to_json(value), indent=2) + "\n"
+    with taking_place(path) as place:
+        place.write_text(text, encoding="utf-8")

@@ -29,7 +29,8 @@ def salvage(partial: Path, out: Path) -> list[str]:
     Kept are the steps that are whole in every table, from the first on without a gap. Returns what
     was lost or rebuilt, in words (empty if nothing was); the new manifest says `salvaged` and holds
     the same words. `partial` is left as it is, unless the run was complete and only had to be
-    renamed. Raises TraceError if no whole step is left, UsageError if `out` exists.
+    renamed. Raises TraceError if no whole step is left, UsageError if `out` exists or `partial` is a trace that was
+    finished.
     """
     partial, out = Path(partial), Path(out)
     if not partial.is_dir():
@@ -37,6 +38,11 @@ def salvage(partial: Path, out: Path) -> list[str]:
     if out.exists():
         raise UsageError(f"{out} exists. Choose another name for the salvaged trace.")
     if is_complete(partial):
+        if partial.suffix != ".partial":
+            raise UsageError(
+                f"{partial} is a complete trace, so there is nothing to salvage. Verify it with "
+                f"`expertflow-trace check {partial}`."
+            )
         publish(partial, out)
         return []
     header = read_header(partial)

@@ -8,6 +8,7 @@ A trace may lie behind a URL that fsspec understands; each file is then fetched 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -143,7 +144,9 @@ class Trace:
 
         with ThreadPoolExecutor(_READERS) as pool:
             parts = _taken(pool, read, self._files_with("routing", bounds))
-            return joined_arrays(parts, held, lambda fill, items: _taken(pool, fill, items))
+            arrays = joined_arrays(parts, held, lambda fill, items: _taken(pool, fill, items))
+        _require_known(self, arrays)
+        return arrays
 
     def _schema(self, name: str) -> pa.Schema:
         if name not in TABLES:
@@ -276,6 +279,7 @@ def _require_sound(path: Location, manifest: Manifest) -> None:
             f"{path}: impossible shape: {shape.num_moe_layers} MoE layers, top {shape.top_k} of "
             f"{shape.num_experts} experts. The manifest is damaged; restore it from a copy."
         )
+    _require_possible(path, manifest)
     for file in _files(manifest):
         parts = PurePosixPath(file.path)
         if parts.is_absolute() or ".." in parts.parts or file.rows < 0:
@@ -286,6 +290,39 @@ def _require_sound(path: Location, manifest: Manifest) -> None:
     for table in manifest.tables:
         if table not in TABLES:
             raise TraceError(f"{path}: unknown table {table!r}; known: {', '.join(TABLES)}.")
+
+
+def _require_possible(path: Location, manifest: Manifest) -> None:
+    """Sizes that count something, and a link whose curves are numbers. Raises TraceError."""
+    for name in ("expert_bytes", "non_expert_bytes", "kv_bytes_per_token", "hidden_size"):
+        if getattr(manifest.shape, name) < 0:
+            raise TraceError(f"{path}: {name} is negative. Restore the manifest from a copy.")
+    link = manifest.hardware.link
+    curves = link.curves
+    has_points = all(curve.points for curve in curves) and (curves or link.origin == "declared")
+    if not has_points or not all(
+        size > 0 and 0 <= second < math.inf for curve in curves for size, second in curve.points
+    ):
+        raise TraceError(
+            f"{path}: the curves of its link are not all sizes above 0 with seconds. Restore the manifest from a copy, "
+            "or record the trace again."
+        )
+
+
+def _require_known(trace: Trace, arrays: RoutingArrays) -> None:
+    """Refuse routing to layers and experts that the model does not have. Raises TraceError."""
+    shape, folder = trace.shape, trace.path / "routing"
+    if not arrays.layer.size:
+        return
+    if arrays.layer.min() < 0 or arrays.layer.max() >= shape.num_moe_layers:
+        what = f"a layer outside 0 to {shape.num_moe_layers - 1}"
+    elif arrays.experts.max() >= shape.num_experts:
+        what = f"expert {arrays.experts.max()} of a model that has 0 to {shape.num_experts - 1}"
+    else:
+        return
+    raise TraceError(
+        f"{folder} names {what}. Find out more with `expertflow-trace check {trace.path}`, or record the trace again."
+    )
 
 
 def _matches_sums(path: Location) -> bool:

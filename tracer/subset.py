@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from .arrays import expert_ids
-from .errors import UsageError
+from .errors import TraceError, UsageError
 from .probe import provenance
 from .schema import STEPS, WHOLE_STEP, Manifest
 from .store import Trace
@@ -97,9 +97,12 @@ def write_subset(
 
 
 def refuse_itself(out: Path, source: Trace) -> None:
-    """Raise UsageError if `out` is a trace that is being read."""
-    if isinstance(source.path, Path) and out.resolve() == source.path.resolve():
-        raise UsageError(f"{out} is the trace that is read; choose another name to write to.")
+    """Raise UsageError if `out` is a trace that is being read, or lies in its folder."""
+    if not isinstance(source.path, Path) or not out.resolve().is_relative_to(source.path.resolve()):
+        return
+    is_same = out.resolve() == source.path.resolve()
+    place = "is the trace that is read" if is_same else f"lies in {source.path}, which is read"
+    raise UsageError(f"{out} {place}; choose another name to write to.")
 
 
 def _kept(source: Trace, routing: pa.Table, sequences: Collection[int]) -> _Kept:
@@ -107,6 +110,10 @@ def _kept(source: Trace, routing: pa.Table, sequences: Collection[int]) -> _Kept
     listed = source.table("sequences", ["sequence", "batch"]).sort_by("sequence").to_pydict()
     chosen = np.zeros(max([*listed["sequence"], -1]) + 1, dtype=bool)
     chosen[list(sequences)] = True
+    if sequence.size and not 0 <= sequence.min() <= sequence.max() < len(chosen):
+        raise TraceError(
+            f"{source.path}: a sequence of its routing is not listed. Run `expertflow-trace check {source.path}`."
+        )
     is_in = chosen[sequence]
     steps = int(step.max(initial=-1)) + 1
     has_kept, has_dropped = np.zeros(steps, dtype=bool), np.zeros(steps, dtype=bool)

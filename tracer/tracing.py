@@ -260,9 +260,9 @@ class _TracedRun:
     def header(self, say: Callable[[str], None]) -> Header:
         """What this run is, and the machine as measured now."""
         own = self.identity()
+        threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
         say(
-            f"{own.shape.model_id} on {self.device}, {self.residency}, {self.threads} threads; "
-            "measuring the link"
+            f"{own.shape.model_id} on {self.device}, {self.residency}, {threads}; measuring the link"
         )
         return Header(
             shape=own.shape,
@@ -418,6 +418,8 @@ def _check(request: TraceRequest) -> None:
         raise UsageError(f"--max-new-tokens must be at least 1, got {request.max_new_tokens}.")
     if request.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {request.batch_size}.")
+    if request.out.exists() and not (request.resume or request.overwrite):
+        raise UsageError(f"{request.out} exists. Choose another name, or pass --overwrite.")
 
 
 def _scores(most: int, loaded: LoadedModel) -> int:

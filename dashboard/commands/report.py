@@ -37,6 +37,7 @@ def report(
     Example: expertflow-trace report traces/demo --out report.html
     """
     from ...tracer.errors import UsageError
+    from ...tracer.outputs import require_place, taking_place
     from ..report import report_on
 
     if as_json and markdown and out is None:
@@ -46,6 +47,9 @@ def report(
     target = out or (None if markdown else Path("report.html"))
     if target is not None and target.exists() and not overwrite:
         raise UsageError(f"{target} exists already. Choose another --out, or pass --overwrite.")
+    if target is not None and target.resolve() == results.resolve():
+        raise UsageError(f"{target} is what the report is made of; choose another --out.")
+    require_place(target)
     found = report_on(results)
     if markdown:
         from ..report_markdown import to_markdown
@@ -58,8 +62,9 @@ def report(
     if target is None:
         typer.echo(text, nl=False)
         return
-    target.write_text(text, encoding="utf-8")
-    size = target.stat().st_size
+    with taking_place(target) as place:
+        place.write_text(text, encoding="utf-8")
+    size = len(text.encode())
     if as_json:
         print_json(
             {

@@ -23,9 +23,9 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         return
     what = (
-        "exists; pass --overwrite to replace it"
+        "exists: pass --overwrite to replace it"
         if (folder / CARD).is_file()
-        else "is not a predictor's folder"
+        else "is not a predictor's folder: empty it"
     )
     raise UsageError(f"{folder} {what}, or choose another --out.")
 

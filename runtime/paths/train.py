@@ -36,10 +36,11 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.patience < 1 or self.learning_rate <= 0:
+        is_rate = 0 < self.learning_rate < math.inf
+        if self.epochs < 1 or self.batch_size < 1 or self.patience < 1 or not is_rate:
             raise UsageError(
                 f"--epochs {self.epochs}, --batch-size {self.batch_size} and --patience {self.patience} must be at "
-                f"least 1, --lr {self.learning_rate} above 0."
+                f"least 1, --lr {self.learning_rate} a number above 0."
             )
 
 

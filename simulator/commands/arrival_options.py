@@ -37,8 +37,8 @@ ArrivalSpeed = Annotated[
 Lengths = Annotated[
     str | None,
     typer.Option(
-        help="Lengths of requests: trace (default; deploy: those of the prompts and --max-new-tokens), or arrivals "
-        "(recorded routing, or prompts, are cut or repeated)."
+        help="Lengths of requests: trace (default; deploy, verify: those of the prompts and --max-new-tokens), or "
+        "arrivals (recorded routing, or prompts, are cut or repeated)."
     ),
 ]
 Prefill = Annotated[
@@ -49,6 +49,13 @@ MaxStepTokens = Annotated[
     typer.Option(help="Tokens that one pass takes at most, prompts and generated; default: 2048."),
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of poisson arrivals; default: 0.")]
+StopAtEos = Annotated[
+    bool,
+    typer.Option(
+        "--stop-at-eos",
+        help="With --arrivals: end a request at an end mark, and not only at its length.",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

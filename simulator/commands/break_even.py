@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +13,7 @@ from ...tracer.commands.options import (
     Gpu,
     Json,
     MachinePath,
+    ResultOut,
     TraceDir,
 )
 from ...tracer.console import print_json, print_rows, progress
@@ -41,9 +41,7 @@ def break_even(
     machine: MachinePath = None,
     gpu: Gpu = None,
     expert_table: ExpertTable = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Also write the result here.", dir_okay=False)
-    ] = None,
+    out: ResultOut = None,
     as_json: Json = False,
 ) -> None:
     """Say from which recall on a predictor would pay, before anyone trains it.

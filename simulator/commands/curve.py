@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ...tracer.commands.options import Json, TraceDir
+from ...tracer.commands.options import Json, TraceDir, result_place
 from ...tracer.console import print_json, print_rows, progress
 
 
@@ -20,7 +20,8 @@ def curve(
         str, typer.Option(help="layer: every layer has slots of its own; global: one pool for all.")
     ] = "layer",
     out: Annotated[
-        Path | None, typer.Option(help="Write the curves here as JSON.", dir_okay=False)
+        Path | None,
+        typer.Option(help="Write the curves here as JSON.", dir_okay=False, callback=result_place),
     ] = None,
     as_json: Json = False,
 ) -> None:

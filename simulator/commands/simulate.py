@@ -18,6 +18,7 @@ from ...tracer.commands.options import (
     PathsDir,
     ResultOut,
     TraceDir,
+    policy_place,
 )
 from ...tracer.console import print_json, print_rows, say
 from .arrival_options import (
@@ -41,8 +42,25 @@ from .member_params import (
 )
 from .timeline_options import TimelineOut, TimelineSteps, draw_run
 
+_OF_POLICY = (
+    "budget",
+    "cache",
+    "predictor",
+    "allocation",
+    "scope",
+    "misses",
+    "scheduler",
+    "routing",
+    "cache_param",
+    "predictor_param",
+    "scheduler_param",
+    "routing_param",
+)
+"""Options that a policy file answers."""
+
 
 def simulate(
+    context: typer.Context,
     trace: TraceDir,
     budget: Budget = "0.5",
     cache: Annotated[str, typer.Option(help="Who is evicted; see `list`.")] = "lru",
@@ -78,7 +96,11 @@ def simulate(
     seed: Seed = None,
     policy_out: Annotated[
         Path | None,
-        typer.Option(help="Write the policy as policy.json, to deploy it.", dir_okay=False),
+        typer.Option(
+            help="Write the policy as policy.json, to deploy it.",
+            dir_okay=False,
+            callback=policy_place,
+        ),
     ] = None,
     timeline: TimelineOut = None,
     timeline_steps: TimelineSteps = None,
@@ -111,8 +133,7 @@ def simulate(
         paths=paths,
     ).forecaster()
     if policy is not None:
-        if cache_param or predictor_param or routing_param or scheduler_param:
-            raise UsageError("--policy brings its own parameters; leave those of members out.")
+        _require_unsaid(context)
         chosen = read_policy(policy)
         check_shape(chosen.shape, ready.shape)
         spec = chosen.behaviour
@@ -165,3 +186,14 @@ def simulate(
         print_json(result)
     else:
         print_rows(f"Predicted: {result.label}", result_rows(result))
+
+
+def _require_unsaid(context: typer.Context) -> None:
+    """Raise UsageError for options written out that a policy file answers."""
+    from ...tracer.errors import UsageError
+
+    sources = {name: context.get_parameter_source(name) for name in _OF_POLICY}
+    said = [name for name, source in sources.items() if source and source.name != "DEFAULT"]
+    if said:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in said)
+        raise UsageError(f"--policy brings its own members and parameters; leave {words} out.")

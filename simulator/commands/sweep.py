@@ -151,10 +151,12 @@ def _run(judge: Judge, plan: Plan, work: Any, out: Path, *, fresh: bool, as_json
     folder.finish(document, keys)
     if not document.counts["predicted"]:
         raise ExpertFlowError(document.warnings[-1])
-    _show(document, {key: folder.rows[key] for key in keys}, out, as_json=as_json)
+    kept = len(folder.rows)
+    _show(document, {key: folder.rows[key] for key in keys}, out, kept, as_json=as_json)
 
 
-def _show(document: Any, rows: dict[str, Any], out: Path, *, as_json: bool) -> None:
+def _show(document: Any, rows: dict[str, Any], out: Path, kept: int, *, as_json: bool) -> None:
+    """Print what was asked for now; `kept` counts the rows of earlier sweeps in the folder too."""
     from ...tracer.records import to_json
     from ..sweep_folder import RESULTS
     from ..sweep_report import best_lines, front_lines
@@ -171,4 +173,5 @@ def _show(document: Any, rows: dict[str, Any], out: Path, *, as_json: bool) -> N
         front_lines(document, rows),
     )
     print_rows("Best", best_lines(document, rows))
-    say(f"Wrote {out / RESULTS} ({len(rows)} rows) and {out / 'sweep.json'}.")
+    earlier = f", {kept - len(rows)} of earlier sweeps" if kept > len(rows) else ""
+    say(f"Wrote {out / RESULTS} ({kept} rows{earlier}) and {out / 'sweep.json'}.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...tracer.commands.options import result_place
 from ...tracer.console import say
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 TimelineOut = Annotated[
     Path | None,
     typer.Option(
-        "--timeline", help="Also draw the run for Perfetto (.json or .json.gz).", dir_okay=False
+        "--timeline",
+        help="Also draw the run for Perfetto (.json or .json.gz).",
+        dir_okay=False,
+        callback=result_place,
     ),
 ]
 TimelineSteps = Annotated[

@@ -16,6 +16,7 @@ from ...tracer.commands.options import (
     MachinePath,
     PathsDir,
     TraceDir,
+    policy_place,
 )
 from ...tracer.console import print_json, print_rows, progress, say
 from .member_params import RoutingName, RoutingParam, SchedulerName, SchedulerParam
@@ -23,7 +24,10 @@ from .member_params import RoutingName, RoutingParam, SchedulerName, SchedulerPa
 
 def tune(
     trace: TraceDir,
-    out: Annotated[Path, typer.Option(help="Where to write policy.json.", dir_okay=False)],
+    out: Annotated[
+        Path,
+        typer.Option(help="Where to write policy.json.", dir_okay=False, callback=policy_place),
+    ],
     budget: Annotated[
         str | None,
         typer.Option(
@@ -118,7 +122,8 @@ def tune(
     if as_json:
         print_json(choice.predicted)
     else:
-        print_rows(f"Chosen: {choice.predicted.label}", result_rows(choice.predicted))
+        title = "Chosen" if choice.tuning.meets_goals else "Not enough, the fastest tried"
+        print_rows(f"{title}: {choice.predicted.label}", result_rows(choice.predicted))
         print_rows("Why", [(str(n), li) for n, li in enumerate(choice.tuning.explanation, 1)])
     if not choice.tuning.meets_goals:
         say(f"No policy was written, as none meets the goals. The report is {tuning_path(out)}.")

@@ -116,3 +116,18 @@ def test_markdown_goes_to_stdout(demo: Path, capsys: pytest.CaptureFixture[str])
     assert run(str(demo / "demo-run.json"), "--markdown") == 0
     assert capsys.readouterr().out.startswith("# ExpertFlow report")
     assert run(str(demo / "gone.json")) == 3
+
+
+def test_a_report_never_takes_the_place_of_what_it_is_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, make_result("one"))
+    before = path.read_bytes()
+
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(path), "--out", str(path), "--overwrite"])
+
+    assert stop.value.code == 2
+    assert "what the report is made of" in capsys.readouterr().err
+    assert path.read_bytes() == before

@@ -242,7 +242,7 @@ def test_results_on_a_full_disk_are_exit_4_and_leave_nothing_half(
         )  # fmt: skip
 
     assert stop.value.code == 4
-    assert "disk is full" in capsys.readouterr().err
+    assert "No space left on device. Free some space" in capsys.readouterr().err
     assert not (tmp_path / "result.json").exists()
 
 

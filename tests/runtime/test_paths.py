@@ -783,6 +783,7 @@ def test_command_adds_paths_of_another_trace(command, built, tmp_path):
         (("--out", "x", "--predict-with", "y"), "either --out"),
         (("--out", "x", "--epochs", 0), "--epochs 0"),
         (("--out", "x", "--hidden", 0), "--hidden must be at least 1"),
+        (("--out", "x", "--lr", "nan"), "--lr nan a number above 0"),
         (("--out", "x", "--cross-domain", "poems"), "this trace has: code, prose"),
     ],
 )

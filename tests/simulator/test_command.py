@@ -101,6 +101,18 @@ def test_tune_writes_a_policy_that_simulate_takes(command, small, tmp_path):
     )
 
 
+def test_tune_calls_nothing_chosen_that_meets_no_goal(command, small, tmp_path):
+    code, out, err = command(
+        "tune", small, "--min-tokens-per-s", "1e12", "--out", tmp_path / "policy.json"
+    )
+
+    assert code == 1
+    assert "Chosen" not in out
+    assert out.startswith("Not enough, the fastest tried: ")
+    assert "No policy was written" in err
+    assert not (tmp_path / "policy.json").exists()
+
+
 def test_tune_prints_one_json_document(command, small, tmp_path):
     code, out, _ = command("tune", small, "--out", tmp_path / "policy.json", "--json")
 

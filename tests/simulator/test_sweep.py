@@ -393,6 +393,18 @@ def test_the_same_command_again_predicts_nothing_anew(run, tmp_path, counting):
     assert f"holds {len(before)} points already" in err
 
 
+def test_rows_of_earlier_budgets_stay_and_are_counted(run, tmp_path):
+    run("--budget", "0.25")
+    before = {row.key for row in rows_in(tmp_path / "out")}
+
+    code, _, err = run("--budget", "0.5")
+    after = {row.key for row in rows_in(tmp_path / "out")}
+
+    assert code == 0
+    assert before < after
+    assert f"({len(after)} rows, {len(before)} of earlier sweeps)" in err
+
+
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(run, tmp_path, counting):
     counting(limit=7)
     code, _, err = run()

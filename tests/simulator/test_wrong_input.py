@@ -86,6 +86,8 @@ STARTS = {
         ("--link 25GB", [LINK_NAMES, "25GB/s+10us"]),
         ("--link 0GB/s", [LINK_NAMES, "25GB/s+10us"]),
         ("--link 1e999GB/s", [LINK_NAMES, "25GB/s+10us"]),
+        ("--link 1e-300B/s", [LINK_NAMES, "25GB/s+10us"]),
+        ("--link 1GB/s+1e300s", [LINK_NAMES, "25GB/s+10us"]),
         ("--gpu h100", [GPU_NAMES, "Did you mean 'h100-sxm'?"]),
         ("--gpu RTX409", [GPU_NAMES, "Did you mean 'rtx4090'?"]),
         ("--gpu t4 --machine m.json", ["--machine and --gpu both name a machine"]),
@@ -188,7 +190,7 @@ def test_what_the_trace_lacks_is_named_with_the_next_step(refused, options, word
         ("none.json", "none.json does not exist"),
         ("text.txt", "not readable JSON"),
         ("foreign.json", "is not a policy file"),
-        ("t", "t is not readable JSON"),
+        ("t", "t is a folder, and a JSON file is expected"),
     ],
 )
 def test_wrong_policy_files_exit_three(refused, path, words):
@@ -398,15 +400,39 @@ def test_an_output_of_the_wrong_kind_is_refused_before_the_work(refused, folder,
     assert (folder / "text.txt").read_text() == "no data\n"
 
 
-@pytest.mark.parametrize("line", ["simulate t --json", "curve t --json"])
+@pytest.mark.parametrize("option", ["--out", "--timeline", "--policy-out"])
+def test_nothing_takes_the_place_of_a_trace(refused, folder, option):
+    before = (folder / "t" / "manifest.json").read_bytes()
+
+    says(
+        refused, f"simulate t {option} t/manifest.json", 2, "holds expertflow.trace", "another name"
+    )
+
+    assert (folder / "t" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--budget 0.25", "--cache lru", "--scope layer"])
+def test_what_a_policy_file_says_is_not_asked_again(refused, option):
+    says(
+        refused,
+        f"simulate t --policy p.json {option}",
+        2,
+        "--policy brings its own",
+        option.split()[0],
+    )
+
+
+@pytest.mark.parametrize("line", ["simulate t --json", "curve t --json", "tune t --json"])
 def test_an_output_inside_a_file_is_refused(folder, monkeypatch, capsys, line):
     monkeypatch.chdir(folder)
 
     with pytest.raises(SystemExit) as stop:
         main([*line.split(), "--out", "text.txt/result.json"])
 
-    assert stop.value.code == 3
-    assert "text.txt cannot be used" in capsys.readouterr().err
+    streams = capsys.readouterr()
+    assert stop.value.code == 4
+    assert "text.txt is not a folder" in streams.err
+    assert streams.out == ""
 
 
 def test_folders_for_outputs_are_made(folder, monkeypatch, capsys):

@@ -182,6 +182,64 @@ def test_reader_that_has_enough_is_no_error(trace):
     assert done.stderr == ""
 
 
+def in_a_shell(line: str, **more: str) -> subprocess.CompletedProcess:
+    line = line.replace("COMMAND", f'"{sys.executable}" -m expertflow.tracer')
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, env=environment(**more), timeout=60
+    )
+
+
+@pytest.mark.parametrize("words", ["--help", "list", "list --json"])
+def test_every_command_ends_alike_when_its_reader_goes_away(words):
+    done = in_a_shell(f"COMMAND {words} | true; echo ${{PIPESTATUS[0]}}")
+
+    assert done.stdout == "141\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("words", ["--help", "list", "list --json", "--version"])
+def test_nobody_need_listen(words):
+    done = in_a_shell(f"COMMAND {words} >&-")
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_the_code_is_told_even_if_the_words_cannot_be(stderr):
+    assert in_a_shell(f"COMMAND info none {stderr}").returncode == 3
+
+
+def test_letters_that_a_terminal_lacks_end_no_command():
+    plain = command("list", PYTHONIOENCODING="ascii")
+    document = command("list", "--json", PYTHONIOENCODING="latin-1")
+
+    assert (plain.returncode, plain.stderr) == (0, "")
+    assert "\\u2212" in plain.stdout
+    assert json.loads(document.stdout) == json.loads(command("list", "--json").stdout)
+
+
+def test_a_window_of_no_width_shows_what_there_is():
+    assert command("list", COLUMNS="0").stdout == command("list").stdout
+
+
+def test_a_folder_that_was_removed_is_named(tmp_path, trace):
+    place = tmp_path / "gone"
+    place.mkdir()
+
+    done = in_a_shell(
+        f"cd '{place}' && rmdir '{place}' && COMMAND sample '{trace}' --sequences 1 --out x"
+    )
+
+    assert done.returncode == 4
+    assert "current folder no longer exists" in done.stderr
+
+
+def test_help_breaks_lines_where_the_window_ends_and_nowhere_else():
+    helped = command("check", "--help", COLUMNS="300").stdout
+
+    assert "Of a run that was cut off it says how far it came, and ends with code 3 too." in helped
+
+
 def test_doctor_speaks_json_and_text():
     document = json.loads(command("doctor", "--json").stdout)
     text = command("doctor").stdout
@@ -250,6 +308,7 @@ def test_third_party_commands_are_found_and_listed(plugin):
         ('raise errors.ResourceError("oh")', 4, "error: oh"),
         ('raise errors.NotValidatedError("oh")', 5, "error: oh"),
         ("raise KeyboardInterrupt", 130, "Interrupted."),
+        ('raise RuntimeError("set_name") from KeyboardInterrupt()', 130, "Interrupted."),
         ("raise MemoryError", 4, "Out of memory"),
         ('raise OSError(errno.ENOSPC, "full")', 4, "disk is full"),
         ('raise ValueError("odd [x]")', 1, "ValueError: odd [x] This is a bug; EXPERTFLOW_DEBUG=1"),

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from expertflow.tracer.check import check_trace
 from expertflow.tracer.errors import TraceError
+from expertflow.tracer.schema import FileInfo
 from expertflow.tracer.store import Trace
 from expertflow.tracer.synthetic import synthetic_trace
-from expertflow.tracer.writer import TraceWriter
+from expertflow.tracer.writer import TraceWriter, content_id
 
 FILES = (
     "manifest.json",
@@ -227,3 +228,52 @@ def test_manifest_hash_is_over_the_bytes_on_disk(copy):
 
 def test_report_is_a_plain_record(source):
     assert dataclasses.asdict(check_trace(source))["rows"]["sequences"] == 4
+
+
+NO_CURVES = {"name": "x", "origin": "measured", "curves": []}
+
+
+def sealed(copy: Path, change) -> Path:
+    """Change the manifest as a careless writer would: with hashes that fit."""
+    document = json.loads((copy / "manifest.json").read_text())
+    change(document)
+    files = [FileInfo(**file) for listed in document["tables"].values() for file in listed]
+    document["trace_id"] = content_id(document["shape"], files)
+    (copy / "manifest.json").write_text(json.dumps(document))
+    (copy / "SHA256SUMS").unlink()
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("shape", "expert_bytes"), -5, "expert_bytes is negative"),
+        (("hardware", "link"), NO_CURVES, "curves of its link"),
+        (("hardware", "link", "curves", 0, "points"), [], "curves of its link"),
+        (("hardware", "link", "curves", 0, "points"), [[1, float("nan")]], "curves of its link"),
+        (("hardware", "link", "curves", 0, "points"), [[1000, -1.0]], "curves of its link"),
+    ],
+)
+def test_a_manifest_of_impossible_numbers_is_refused_on_opening(copy, path, value, words):
+    def change(document):
+        for key in path[:-1]:
+            document = document[key]
+        document[path[-1]] = value
+
+    with pytest.raises(TraceError, match=words):
+        Trace.open(sealed(copy, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda shape: shape.update(num_experts=shape["top_k"]), "names expert"),
+        (lambda shape: shape.update(moe_layers=[0]), "a layer outside 0 to 0"),
+    ],
+    ids=["experts", "layers"],
+)
+def test_routing_to_what_the_model_lacks_is_refused_while_reading(copy, change, words):
+    trace = Trace.open(sealed(copy, lambda document: change(document["shape"])))
+
+    with pytest.raises(TraceError, match=f"{words}.*expertflow-trace check"):
+        trace.routing_arrays()

@@ -291,3 +291,27 @@ def test_the_commands_write_traces_and_say_what(source, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
     code, _, err = run(capsys, "split", source.path, "--train", "a", "--heldout", "a")
     assert (code, "two folders" in err) == (2, True)
+
+
+def test_nothing_is_written_into_a_trace_that_is_read(source, capsys):
+    code, out, error = run(
+        capsys, "sample", source.path, "--sequences", 1, "--out", source.path / "sub"
+    )
+
+    assert (code, out) == (2, "")
+    assert f"lies in {source.path}" in error
+    assert not (source.path / "sub").exists()
+
+
+def test_two_parts_cannot_lie_in_one_another(source, tmp_path, capsys):
+    for train, heldout in (("a/x", "a"), ("a", "a/x")):
+        code, _, error = run(
+            capsys,
+            "split",
+            source.path,
+            *("--train", tmp_path / train, "--heldout", tmp_path / heldout),
+        )
+
+        assert code == 2
+        assert "lie in one another" in error
+    assert not any(tmp_path.iterdir())

@@ -191,3 +191,11 @@ def test_salvage_refuses_an_existing_output(source, tmp_path):
 
     with pytest.raises(UsageError, match="exists"):
         salvage(partial, source.path)
+
+
+def test_a_finished_trace_stays_where_it_is(source, tmp_path):
+    with pytest.raises(UsageError, match=r"complete trace.*expertflow-trace check"):
+        salvage(source.path, tmp_path / "elsewhere")
+
+    assert Trace.open(source.path).manifest.trace_id
+    assert not (tmp_path / "elsewhere").exists()

@@ -15,7 +15,8 @@ def write_npz(trace: Trace, out: Path, *, overwrite: bool = False) -> dict[str, 
     """Write expert_ids [tokens, layers, k], seq_bounds, prompt_rows, labels and, if recorded, gate_weights.
 
     Tokens are in order of sequences and positions; padding is left out. Returns what was written and left out.
-    Raises InputError if a sequence lacks layers of a token, UsageError and ResourceError as `whole_file`.
+    Raises InputError if a sequence is not listed or lacks layers of a token, UsageError and ResourceError as
+    `whole_file`.
     """
     rows = trace.routing_arrays()
     layers = trace.shape.num_moe_layers
@@ -32,6 +33,11 @@ def write_npz(trace: Trace, out: Path, *, overwrite: bool = False) -> dict[str, 
     labels = trace.table("sequences", ["sequence", "domain", "prompt_id"]).to_pydict()
     numbers, lengths = np.unique(sequence[:, 0], return_counts=True)
     place = {number: row for row, number in enumerate(labels["sequence"])}
+    lacking = [number for number in numbers.tolist() if number not in place]
+    if lacking or len(place) < len(labels["sequence"]):
+        raise InputError(
+            f"{trace.path}: its table of sequences does not fit its routing. Run `expertflow-trace check {trace.path}`."
+        )
     chosen = [place[number] for number in numbers.tolist()]
     of_prompt = ~rows.phase_is_decode[grid[:, 0]]
     starts = np.r_[0, np.cumsum(lengths)]

@@ -6,11 +6,12 @@ import gzip
 import io
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import ResourceError, UsageError
+from ..outputs import taking_place
 
 
 def require_free(out: Path, *, overwrite: bool) -> None:
@@ -28,17 +29,8 @@ def whole_file(out: Path, *, overwrite: bool = False) -> Iterator[BinaryIO]:
     Raises UsageError if `out` exists and `overwrite` is false, ResourceError if the disk is full or not writable.
     """
     require_free(out, overwrite=overwrite)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(out)
-    except OSError as error:
-        raise ResourceError(f"Cannot write {out}: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with taking_place(out) as place, place.open("wb") as file:
+        yield file
 
 
 @contextmanager
