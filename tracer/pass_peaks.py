@@ -118,22 +118,22 @@ def _largest(peaks: Sequence[Terms], amounts: Terms) -> int:
 def _terms_of(passes: Sequence[Stages], amounts: Sequence[Terms]) -> tuple[Terms, ...]:
     """The terms of every operation that is the peak at some size."""
     design = np.asarray(amounts)
-    found: set[Terms] = set()
+    told = _told_apart(design)
+    seen: set[tuple[int, ...]] = set()
     for stage in {name for one in passes for name in one}:
         rows = [one.get(stage, []) for one in passes]
         if len({len(row) for row in rows}) > 1:
             rows = [[max(row, default=0)] for row in rows]
-        for values in zip(*rows, strict=True):
-            found.add(_terms(design, np.asarray(values, dtype=np.float64)))
+        seen.update(zip(*rows, strict=True))
+    found = {_terms(design, np.asarray(values, dtype=np.float64), told) for values in seen}
     return _undominated(found)
 
 
-def _terms(design: np.ndarray, values: np.ndarray) -> Terms:
+def _terms(design: np.ndarray, values: np.ndarray, told: Sequence[int]) -> Terms:
     """The fewest terms that give these bytes, else such as are never below them.
 
-    Amounts that grow alike in all passes cannot be told apart: the first of them has the bytes.
+    Amounts that grow alike in all passes cannot be `told` apart: the first of them has the bytes.
     """
-    told = _told_apart(design)
     for number in range(1, len(told) + 1):
         terms = _solved(design, values, told[:number])
         missed = np.abs(design @ terms - values).max()

@@ -10,13 +10,11 @@ from expertflow.simulator.hardware import declared_gpu, parse_link
 from expertflow.simulator.memory_plan import RunSize, estimated_needs
 from expertflow.simulator.plan import Plan, fits, make_plan
 from expertflow.simulator.speed_plan import speed_plan
-from expertflow.tracer.adapters import adapt
-from expertflow.tracer.hooks import expert_layers, model_shape
 from expertflow.tracer.main import main
 from expertflow.tracer.records import from_json
 from expertflow.tracer.unloaded import describe
 
-from tests.families import SERVED, build, config_of
+from tests.families import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -32,6 +30,9 @@ MIXTRAL = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
+
+KINDS = ("olmoe", "mixtral", "gpt_oss", "deepseek_v3", "switch_transformers", "jamba", "aria")
+"""Plain, sliding windows, latent attention, an encoder, states beside keys and values, images."""
 
 
 @pytest.fixture
@@ -59,17 +60,11 @@ def planned(command, *args) -> tuple[int, Plan]:
     return code, from_json(Plan, json.loads(out))
 
 
-@pytest.mark.parametrize("family", SERVED)
-def test_every_served_family_plans_from_its_config(family, tmp_path):
+@pytest.mark.parametrize("family", KINDS)
+def test_families_of_every_kind_plan_from_their_configs(family, tmp_path):
     config_of(family).save_pretrained(tmp_path)
-    model = build(family)
-    adapt(model)
-    loaded = model_shape(model, expert_layers(model), model_id=str(tmp_path), revision=None)
-
     found = describe(str(tmp_path), dtype="float32")
 
-    assert not list(tmp_path.glob("*.safetensors"))
-    assert found.shape == loaded
     assert found.widths.is_by_pass
 
     def needs(context: int):

@@ -226,7 +226,13 @@ def test_link_without_hope_is_said_to_need_link_or_memory(ready):
 def test_explanation_names_the_gain_the_bounds_and_the_ratio(choice):
     text = " ".join(choice.tuning.explanation)
 
-    for words in ("loading every expert on demand", "Runner-up", "evictions that know the future", "r = ", "Peak device"):
+    for words in (
+        "loading every expert on demand",
+        "Runner-up",
+        "evictions that know the future",
+        "r = ",
+        "Peak device",
+    ):
         assert words in text
 
 

@@ -7,6 +7,7 @@ from expertflow.tracer.dry_pass import BLOCK, DryModel
 from expertflow.tracer.kept import KeptBytes, kept_bytes
 from expertflow.tracer.load import load_model
 from expertflow.tracer.types import ModelShape
+from expertflow.tracer.unloaded import describe
 
 from tests.families import SERVED, folder
 from tests.models import tiny
@@ -49,7 +50,10 @@ def held(family, model, tokens) -> tuple[int, int]:
 def test_a_cache_holds_what_was_told_before(family):
     loaded = load_model(str(folder(family)), device=CPU)
     told = kept_bytes(loaded.model, loaded.layers)
+    unloaded = describe(str(folder(family)), dtype="float32")
 
+    assert unloaded.shape == loaded.shape
+    assert unloaded.widths.is_by_pass
     assert told.is_asked
     assert loaded.shape.kv_bytes_per_token == told.per_token
     with torch.inference_mode():
