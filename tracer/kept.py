@@ -36,16 +36,21 @@ class KeptBytes:
     is_asked: bool
 
 
-_known: dict[str, KeptBytes] = {}
+_known: dict[str, tuple[KeptBytes, DryModel | None]] = {}
 
 
 def kept_bytes(model: Any, layers: Sequence[ExpertLayer]) -> KeptBytes:
     """What a model keeps. It may have weights or none, and is left as it is."""
+    return asked(model, layers)[0]
+
+
+def asked(model: Any, layers: Sequence[ExpertLayer]) -> tuple[KeptBytes, DryModel | None]:
+    """What a model keeps, and its dry copy if it has one. Models of one class and config are asked once."""
     told = {**model.config.to_dict(), "_name_or_path": ""}
     key = f"{type(model).__qualname__} {model.dtype} {json.dumps(told, default=str)}"
     if key not in _known:
         dry = dry_model(model, layers)
-        _known[key] = kept_by(dry) if dry is not None else _by_config(model)
+        _known[key] = (kept_by(dry) if dry is not None else _by_config(model), dry)
     return _known[key]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -41,6 +42,11 @@ class _Peaks:
     chunk: int
 
 
+_known: WeakKeyDictionary[DryModel, dict[tuple[tuple[int, int, int], ...], _Peaks]] = (
+    WeakKeyDictionary()
+)
+
+
 class PassPeaks:
     """Working tensors of a model by the size of its passes. KV cache and states are left out.
 
@@ -55,7 +61,7 @@ class PassPeaks:
         self.is_by_pass = True
         self._dry = dry
         self._instead = instead
-        self._known: dict[tuple[tuple[int, int, int], ...], _Peaks] = {}
+        self._known = _known.setdefault(dry, {})
 
     def activation_bytes(
         self, *, batch: int, tokens: int, context: int, in_parts: bool = False

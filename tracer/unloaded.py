@@ -17,10 +17,9 @@ from torch import nn
 
 from . import embedded
 from .adapters import ADAPTERS, adapt
-from .dry_pass import dry_model
 from .errors import ResourceError
 from .hooks import ExpertLayer, expert_layers, model_shape
-from .kept import NOT_ASKED, kept_bytes
+from .kept import NOT_ASKED, asked
 from .load import EMBEDDED, choose_dtype, model_class, quiet_transformers
 from .pass_peaks import PassPeaks
 from .types import ModelShape
@@ -149,10 +148,9 @@ def _on_meta(config: Any, dtype: torch.dtype, source: str) -> Any:
 
 def pass_widths(model: Any, layers: list[ExpertLayer], shape: ModelShape) -> WorkingTensors:
     """What a model's passes make, whether it has weights or not: by passes over shapes, else by its config."""
-    kept = kept_bytes(model, layers).per_sequence
-    widths = _widths(model, layers, shape, kept)
-    dry = dry_model(model, layers)
-    return widths if dry is None else PassPeaks(dry, kept, widths)
+    kept, dry = asked(model, layers)
+    widths = _widths(model, layers, shape, kept.per_sequence)
+    return widths if dry is None else PassPeaks(dry, kept.per_sequence, widths)
 
 
 def _widths(

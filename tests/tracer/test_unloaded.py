@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from expertflow.tracer import kept, unloaded
+from expertflow.tracer import kept
 from expertflow.tracer.errors import ResourceError, UsageError
 from expertflow.tracer.generate import Prompt
 from expertflow.tracer.load import load_model
@@ -46,7 +46,7 @@ def test_families_that_are_not_served_are_refused_before_any_download(family, tm
 
 @pytest.fixture
 def cannot_be_asked(monkeypatch):
-    for module in (unloaded, kept):
+    for module in (kept,):
         monkeypatch.setattr(module, "dry_model", lambda model, layers: None)
     monkeypatch.setattr(kept, "_known", {})
 
